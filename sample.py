@@ -1,0 +1,287 @@
+"""Use a trained RepTok: generate pictures from classes, reconstruct, interpolate, export.
+
+    python sample.py --ckpt out/stage2.pt                                      # a row of every class, up to ten
+    python sample.py --ckpt out/stage2.pt --classes 3 7 --per-class 16 --cfg 1.5
+    python sample.py --ckpt out/stage1.pt --reconstruct a.png b.png            # inputs above, reconstructions below
+    python sample.py --ckpt out/stage1.pt --interpolate a.png b.png            # a straight line between two tokens
+    python sample.py --ckpt reptok-xl-600k-ImageNet.ckpt --classes 207 981     # the authors' checkpoint
+    python sample.py --ckpt out/stage2.pt --export small.pt                    # without what only training needs
+
+In Python: model = RepTok.load(path); z = model.encode(images); images = model.decode(z); z = model.generate(classes).
+"""
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import decoder as dec
+import fid
+import tokenizer as tok
+from decoder import Decoder, PixelSpace, VAE, euler, vae_from
+from mixer import Mixer, guided
+from tokenizer import Tokenizer, UserError, ViT
+from train_stage1 import Parser, Ranks, grid, load_checkpoint, noise_for, number, run, save_checkpoint, save_picture, whole
+
+
+class RepTok:
+    """Tokenizer, decoder, VAE and, from stage 2 on, Mixer of one checkpoint, with their averaged (EMA) weights.
+
+    Tokens z are (B,K,D) in the encoder's own scale; the Mixer works on normalised ones, (z - mean) / std, mean and std (1,K,D).
+    """
+
+    def __init__(self, tokenizer, decoder, vae, mixer=None, mean=None, std=None, classes=(), released=False):
+        self.tokenizer, self.decoder, self.vae, self.mixer = tokenizer, decoder, vae, mixer
+        self.mean, self.std, self.classes, self.released = mean, std, list(classes), released
+        self.pixels, self.device = decoder.config["size"] * vae.factor, torch.device("cpu")
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """Any checkpoint: stage1.pt, stage2.pt, an export, or the authors' release. Raises UserError."""
+        content = tok.read_file(path) if Path(path).suffix != ".pt" else None
+        if isinstance(content, dict) and "kind" not in content:
+            model = released(content, path)
+        else:
+            model = cls.from_checkpoint(load_checkpoint(path, ["stage1", "stage2"]), path)
+        return model.to(device)
+
+    @classmethod
+    def from_checkpoint(cls, content, path):
+        """Builds the networks that the checkpoint describes; the averaged weights replace the last ones."""
+        try:
+            state = {name: dict(content[name]["state"]) for name in ("tokenizer", "decoder", "vae", "mixer") if name in content}
+            for name, average in content.get("ema", {}).items():
+                part, name = name.split(".", 1)
+                state[part][name] = average
+            state.get("mixer", {}).update(content.get("mixer_ema", {}))
+            t, config = content["tokenizer"]["config"], {name: content[name]["config"] for name in state}
+            with torch.device("meta"):
+                vit = ViT(**t["vit"])
+            for p in vit.parameters():
+                p.data = torch.empty(p.shape)
+            tokenizer = tok.fit(Tokenizer(vit, t["token"], t["reg_index"], t["unfreeze"]), state["tokenizer"], path, "a tokenizer")
+            with torch.device("meta"):
+                decoder, vae = Decoder(**config["decoder"]), VAE(**config["vae"]) if config["vae"] else PixelSpace()
+                mixer = Mixer(**config["mixer"]) if "mixer" in state else None
+            tok.fit(decoder, state["decoder"], path, "a decoder"), tok.fit(vae, state["vae"], path, "a VAE")
+            if mixer:
+                tok.fit(mixer, state["mixer"], path, "a Mixer")
+            latent = content.get("latent", {})
+            return cls(tokenizer, decoder, vae, mixer, latent.get("mean"), latent.get("std"), content["classes"], content.get("released", False))
+        except (UserError, dec.UserError):
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+            raise UserError(f"{path}: a damaged checkpoint ({type(e).__name__}: {e}); use the one before it, NAME.prev.pt") from None
+
+    def to(self, device):
+        """Move every part; returns self."""
+        self.device = torch.device(device)
+        for part in (self.tokenizer, self.decoder, self.vae, self.mixer):
+            if part is not None:
+                part.to(self.device).eval().requires_grad_(False)
+        if self.mean is not None:
+            self.mean, self.std = self.mean.to(self.device), self.std.to(self.device)
+        return self
+
+    def parts(self):
+        """What a checkpoint needs to be self-contained, as plain containers and tensors."""
+        part = lambda module: {"config": module.config, "state": module.state_dict()}
+        content = {"kind": "stage1", "step": 0, "classes": self.classes, "pixels": self.pixels, "released": self.released,
+                   "tokenizer": part(self.tokenizer), "decoder": part(self.decoder), "vae": part(self.vae)}
+        if self.mixer is not None:
+            content.update(kind="stage2", mixer=part(self.mixer), latent={"mean": self.mean, "std": self.std})
+        return content
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images (B,3,H,W) in [-1,1], any size -> tokens (B,K,D)."""
+        return self.tokenizer(images.to(self.device))
+
+    @torch.no_grad()
+    def decode(self, tokens, steps=50, noise=None, batch=64):
+        """Tokens (B,K,D) -> images (B,3,pixels,pixels) in [-1,1], by `steps` Euler steps of the decoder's flow.
+
+        noise (B,C,size,size): where the flow starts; by default picture i starts from seed i, whatever the batch.
+        """
+        shape, images = (self.decoder.config["channels"], *[self.decoder.config["size"]] * 2), []
+        noise = noise_for(range(len(tokens)), shape, self.device) if noise is None else noise.to(self.device)
+        for z, x in zip(tokens.to(self.device).split(batch), noise.split(batch)):
+            projected = self.decoder.project(z)
+            x = euler(lambda x_t, t: self.decoder.velocity(x_t, self.decoder.condition(t), projected), x, steps)
+            images.append(self.vae.decode(x).clamp(-1, 1))
+        return torch.cat(images)
+
+    @torch.no_grad()
+    def generate(self, classes, steps=50, cfg=1.0, cfg_interval=(0, 1), noise=None, batch=1024):
+        """Classes (B,) long -> new tokens (B,K,D), by `steps` Euler steps of the Mixer's flow.
+
+        cfg: guidance scale, used while cfg_interval[0] <= t <= cfg_interval[1]; 1 is none. noise (B,K,D) is normalised; by default
+        picture i starts from seed i. Raises UserError on a checkpoint of stage 1.
+        """
+        if self.mixer is None:
+            raise UserError("this checkpoint is of stage 1, which reconstructs but cannot generate: train stage 2 and give its stage2.pt")
+        classes, tokens = classes.to(self.device), []
+        noise = noise_for(range(len(classes)), (self.mixer.K, self.mixer.D), self.device) if noise is None else noise.to(self.device)
+        for c, z in zip(classes.split(batch), noise.split(batch)):
+            tokens.append(euler(guided(self.mixer, c, cfg, cfg_interval), z, steps) * self.std + self.mean)
+        return torch.cat(tokens)
+
+
+# ---- Command line
+
+
+def options():
+    """The command line."""
+    p = Parser(__doc__)
+    p.add("--ckpt", None, "checkpoint: stage1.pt, stage2.pt, an export, or the authors'", required=True)
+    p.add("--classes", None, "names or numbers of classes; a row of pictures each (default: all, up to ten)", nargs="+")
+    p.add("--per-class", 8, "pictures a row", type=whole(1))
+    p.add("--reconstruct", None, "pictures to encode and decode", nargs="+")
+    p.add("--interpolate", None, "two pictures; eight steps between their tokens", nargs=2)
+    p.add("--steps", 50, "Euler steps of Mixer and decoder", type=whole(1))
+    p.add("--cfg", 1.5, "guidance scale; 1 is none", type=number(0))
+    p.add("--cfg-interval", [0.3, 0.9], "guidance acts while t is between these", nargs=2, type=number(0, 1))
+    p.add("--seed", 0, "seed of the first picture; the next ones count on", type=whole(0))
+    p.add("--out", "samples.png", "the picture to write")
+    p.add("--export", None, "write the checkpoint to this file without what only training needs, and exit")
+    p.add("--device", "auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
+    return p.parse_args()
+
+
+def class_numbers(model, wanted):
+    """Names or numbers -> class numbers; all, up to ten, where none are wanted. Raises UserError."""
+    count = model.mixer.classes
+    if wanted is None:
+        return list(range(min(count, 10))) or [0]
+    if not count:
+        raise UserError("--classes: this checkpoint has no classes; leave the option out")
+    numbers = []
+    for name in wanted:
+        if name in model.classes:
+            numbers.append(model.classes.index(name))
+        elif name.isdigit() and int(name) < count:
+            numbers.append(int(name))
+        else:
+            known = f"; by name: {', '.join(model.classes[:10])}" + (" ..." if len(model.classes) > 10 else "") if model.classes else ""
+            raise UserError(f"--classes {name}: no such class; they are numbered 0 to {count - 1}{known}")
+    return numbers
+
+
+def load_images(paths, pixels):
+    """Picture files, any size -> [(1,3,H,W) in [-1,1]] and, cropped to pixels x pixels for the eye, (B,3,pixels,pixels)."""
+    images = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such picture")
+        with open(path, "rb") as f:
+            images.append(torch.from_numpy(fid.decode(f, path)).permute(2, 0, 1)[None].float() / 127.5 - 1)
+    return images, torch.cat([tok.resize(x, pixels) for x in images])
+
+
+def main():
+    args = options()
+    if Path(args.out).parent != Path(".") and not Path(args.out).parent.is_dir():
+        raise UserError(f"--out {args.out}: no folder {Path(args.out).parent}; make it first")
+    model = RepTok.load(args.ckpt, Ranks(args.device).device)
+    if args.export:
+        return save_checkpoint(Path(args.export), model.parts())
+    size, seeds = model.decoder.config, lambda n: range(args.seed, args.seed + n)
+    noise = lambda n: noise_for(seeds(n), (size["channels"], size["size"], size["size"]), model.device)
+    if args.reconstruct or args.interpolate:
+        images, shown = load_images(args.reconstruct or args.interpolate, model.pixels)
+        z = torch.cat([model.encode(x) for x in images])                                           # (B,K,D)
+        if args.interpolate:
+            s = torch.linspace(0, 1, 8, device=model.device)[:, None, None]
+            strip = model.decode((1 - s) * z[:1] + s * z[1:], args.steps, noise(1).expand(8, -1, -1, -1))
+            rows = [torch.cat([shown[:1], strip.cpu(), shown[1:]])]                                # input, eight steps, input
+        else:
+            rows = [shown, model.decode(z, args.steps, noise(len(z))).cpu()]
+    else:
+        if model.mixer is None:
+            raise UserError(f"--ckpt {args.ckpt}: a checkpoint of stage 1, which cannot generate; give a stage2.pt, or use --reconstruct")
+        numbers = class_numbers(model, args.classes)
+        classes = torch.tensor(numbers).repeat_interleave(args.per_class)
+        z = model.generate(classes, args.steps, args.cfg, args.cfg_interval, noise_for(seeds(len(classes)), (model.mixer.K, model.mixer.D), "cpu"))
+        rows = model.decode(z, args.steps, noise(len(z))).split(args.per_class)
+    save_picture(grid(rows), args.out)
+    print(f"{args.out}: {len(rows)} x {len(rows[0])} pictures")
+
+
+# ---- Below: the authors' checkpoint, a table of renamings into our names (facts of its layout only)
+
+DECODER = [(r"^time_emb\.weight", "mapping.freqs"), (r"^time_in_proj", "mapping.in_proj"), (r"^mapping\.blocks\.(\d)\.norm", r"mapping.norms.\1"),
+           (r"^encoder\.dino\.temp_pos_embed", "token_pos"), (r"^encoder\.dino\.backbone\.(fc|ln)\.", r"token_\1."),
+           (r"^backbone\.mid_merge\.pre_proj\.proj", "patch_in"), (r"^backbone\.mid_merge\.proj", "merge"),
+           (r"^backbone\.mid_split\.post_proj\.norm", "norm_out"), (r"^backbone\.mid_split\.post_proj\.proj", "patch_out"),
+           (r"^backbone\.mid_level\.0\.self_attn\.pos_emb\.freqs", "freqs"),  # the same in every block
+           (r"^backbone\.mid_level\.(\d+)\.self_attn\.norm", r"blocks.\1.norm1"), (r"^backbone\.mid_level\.(\d+)\.self_attn\.", r"blocks.\1.attn."),
+           (r"^backbone\.mid_level\.(\d+)\.ff\.norm", r"blocks.\1.norm2"), (r"^backbone\.mid_level\.(\d+)\.ff\.", r"blocks.\1.ff.")]
+MIXER = [(r"_orig_mod\.", ""), (r"^t_embedder\.", "time."), (r"^label_embedder\.embedding_table\.", "label."), (r"^mixer\.0\.(weight|bias)", r"proj_in.\1"),
+         (r"^mixer\.(\d+)\.0\.norm\.", r"layers.\1.norm1."), (r"^mixer\.(\d+)\.1\.norm\.", r"layers.\1.norm2."),
+         (r"^mixer\.(\d+)\.0\.fn\.0\.", r"layers.\1.tokens.up."), (r"^mixer\.(\d+)\.0\.fn\.3\.", r"layers.\1.tokens.down."),
+         (r"^mixer\.(\d+)\.1\.fn\.0\.", r"layers.\1.channels.up."), (r"^mixer\.(\d+)\.1\.fn\.3\.", r"layers.\1.channels.down.")]
+
+
+def under(tensors, prefix):
+    """The tensors below a prefix, without it."""
+    return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def find_number(node, key, seen):
+    """The first number stored under `key` in nested plain containers and inert nodes (OmegaConf keeps a leaf's value in `_val`)."""
+    if id(node) in seen or not isinstance(node, (dict, list, tuple)):
+        return None
+    seen.add(id(node))
+    for k, value in node.items() if isinstance(node, dict) else enumerate(node):
+        value = value.get("_val", value) if isinstance(value, dict) else value
+        if k == key and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    children = node.items() if isinstance(node, dict) else enumerate(node)
+    children = sorted(children, key=lambda item: "first_stage" not in str(item[0]))  # the first stage's settings before all others
+    return next((n for n in (find_number(child, key, seen) for _, child in children) if n is not None), None)
+
+
+def released(content, path):
+    """The authors' checkpoint as a RepTok: widths and depths are counted from the stored shapes. Raises UserError."""
+    tensors = tok.flatten(content["state_dict"]) if isinstance(content.get("state_dict"), dict) else {}
+    prefix = "first_stage.decoder.decoder."
+    if prefix + "time_emb.weight" not in tensors:
+        raise UserError(f"{path}: not a RepTok checkpoint; expected stage1.pt, stage2.pt or the authors' reptok-xl-600k-ImageNet.ckpt")
+    try:
+        vit = tok.vit_from(under(tensors, "first_stage.encoder.encoder."), path)
+        tokenizer = Tokenizer(vit)
+        vit.cls_token.data = tensors.get(prefix + "encoder.dino.target_model.cls_token", vit.cls_token).float()  # the original, for the prior
+        vae = vae_from(under(tensors, prefix + "ae.ae."), path)
+        named = tok.rename({k: v for k, v in under(tensors, prefix).items() if not re.search(r"^ae\.|dino\.(model|target_model)\.|new_reg", k)}, DECODER)
+        named = {k: v for k, v in named.items() if not k.endswith("pos_emb.freqs")}
+        named["token_pos"] = named["token_pos"].view(1, 1, -1)
+        shape = {k: tuple(v.shape) for k, v in named.items()}
+        patch = round((shape["patch_in.weight"][1] / vae.channels) ** 0.5)
+        depth = 1 + max(int(k.split(".")[1]) for k in named if k.startswith("blocks."))
+        with torch.device("meta"):
+            decoder = Decoder(vae.channels, 256 // vae.factor, patch, shape["patch_in.weight"][0], depth, shape["blocks.0.attn.scale"][0],
+                              shape["mapping.in_proj.weight"][0], shape["token_fc.weight"][1])
+        tok.fit(decoder, named, path, "the authors' decoder")
+        net = under(tensors, "ema_model.net.") or under(tensors, "model.net.")
+        net = {k: v.squeeze(-1) if re.search(r"\.0\.fn\.\d\.weight", k) else v for k, v in tok.rename({k: v for k, v in net.items()}, MIXER[:1]).items()}
+        last = max(int(k.split(".")[1]) for k in net if k.startswith("mixer."))                    # 0, layers, norm, last
+        table = [*MIXER, (rf"^mixer\.{last - 1}\.", "norm."), (rf"^mixer\.{last}\.", "proj_out.")]
+        net = {re.sub(r"^layers\.(\d+)", lambda m: f"layers.{int(m[1]) - 1}", k): v for k, v in tok.rename(net, table).items()}
+        shape = {k: tuple(v.shape) for k, v in net.items()}
+        K, classes = shape["layers.0.tokens.up.weight"][1] - 2, shape["label.weight"][0] - 1
+        with torch.device("meta"):
+            mixer = Mixer(K, shape["proj_in.weight"][1], shape["proj_in.weight"][0], last - 2, classes,
+                          shape["layers.0.tokens.up.weight"][0], shape["layers.0.channels.up.weight"][0], time_scale=1.0)
+        tok.fit(mixer, net, path, "the authors' Mixer")
+    except (UserError, dec.UserError):
+        raise
+    except (KeyError, ValueError, IndexError, RuntimeError, ZeroDivisionError, TypeError) as e:
+        raise UserError(f"{path}: looks like the authors' checkpoint but has tensors missing or misshapen ({e})") from None
+    scale = find_number(content.get("hyper_parameters", {}), "scale_factor", set()) or 1.0
+    return RepTok(tokenizer, decoder, vae, mixer, torch.zeros(1, K, mixer.D), torch.full((1, K, mixer.D), scale), released=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,765 @@
+"""Stage 1: train the decoder and, of the encoder, only the token embedding (RepTok, arXiv 2510.14630, Sec. 3).
+
+    python train_stage1.py                                        # coloured digits, no download: minutes on two CPU cores
+    python train_stage1.py --data FOLDER                          # own pictures, small; sub-folders are classes
+    torchrun --nproc-per-node 8 train_stage1.py --data imagenet/train --size XL --encoder dinov2_vitb14_reg \\
+        --vae sd-vae-ft-mse/diffusion_pytorch_model.safetensors   # the paper's size
+
+Writes OUT/stage1.pt (self-contained), OUT/stage1.jsonl (a line a logged step), OUT/stage1.png (inputs above, reconstructions
+below) and, where it trains a prior of its own, OUT/prior.pt. Run again, it goes on. What both trainers share stands here too.
+"""
+import argparse
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+import decoder as dec
+import fid
+import tokenizer as tok
+from decoder import Decoder, PixelSpace, VAE, euler, flow_loss
+from tokenizer import Tokenizer, UserError, ViT, cosine_loss
+
+# Sizes: the decoder's and the Mixer's; everything but nano works on 256 pixels, SD-VAE latents and a published encoder.
+SIZES = {
+    "nano": dict(pixels=16, decoder=dict(width=128, depth=4, heads=4, patch=4, mapping=128), mixer=dict(hidden=192, depth=6)),
+    "S": dict(pixels=256, decoder=dict(width=384, depth=12, heads=6), mixer=dict(hidden=384, depth=12)),
+    "B": dict(pixels=256, decoder=dict(width=768, depth=12, heads=12), mixer=dict(hidden=768, depth=16)),
+    "L": dict(pixels=256, decoder=dict(width=1024, depth=24, heads=16), mixer=dict(hidden=1024, depth=24)),
+    "XL": dict(pixels=256, decoder=dict(width=1152, depth=28, heads=16), mixer=dict(hidden=1280, depth=28)),
+}
+PAPER = dict(steps=1_000_000, batch=512, lr=1e-4, warmup=2000, decay=False, ema=0.9999, t_mean=0.0)
+NANO = dict(steps=1600, batch=96, lr=2e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3)
+
+
+# ---- Shared by both trainers: options and errors
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that refuses in one line with status 2, takes no abbreviations and prints every default."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(self, name, default=None, help="", **kwargs):
+        """add_argument with the default in the help text."""
+        shown = "" if default is None or default is False else f" (default: {default})"
+        self.add_argument(name, default=default, help=help + shown, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def whole(low):
+    """An argparse type: a whole number of at least `low`."""
+    def parse(text):
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return int(text)
+    return parse
+
+
+def number(low, high=math.inf):
+    """An argparse type: a finite number within [low, high]."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+        return value
+    return parse
+
+
+def run(main):
+    """Call main(); what a user can mend ends in one line and status 2, a programmer's error in its traceback."""
+    try:
+        main()
+    except (UserError, dec.UserError, fid.UserError) as e:
+        if int(os.environ.get("RANK", 0)) == 0 or getattr(e, "every_rank", False):
+            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def common_options(parser, stage):
+    """The options of both trainers."""
+    p = parser
+    p.add("--out", "out", "folder for checkpoint, log and pictures")
+    p.add("--data", None, "folder of pictures (sub-folders are classes), .zip of one, or .tar shards; default: coloured digits")
+    p.add("--size", "nano", "size of the networks", choices=list(SIZES))
+    p.add("--steps", None, "optimizer steps in all", type=whole(1))
+    p.add("--batch", None, "pictures a step, over all GPUs and accumulation", type=whole(1))
+    p.add("--lr", None, "AdamW learning rate after warm-up", type=number(0))
+    p.add("--warmup", None, "steps of linear warm-up", type=whole(0))
+    p.add("--ema", None, "decay of the averaged weights", type=number(0, 1))
+    p.add("--seed", 0, "seed of weights, picture order, noise and prior", type=whole(0))
+    p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
+    p.add("--clip-grad", 1.0, "largest norm of the gradient", type=number(0))
+    p.add("--accumulate", 1, "cut each GPU's part of the batch into this many pieces to save memory", type=whole(1))
+    p.add("--prior-steps", 1200, "steps of the self-supervised prior, where one is trained", type=whole(1))
+    p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
+    p.add("--save-every", 500 if stage == 1 else 1000, "steps between checkpoints and pictures", type=whole(1))
+    p.add("--device", "auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
+    p.add("--dtype", "auto", "of the networks: auto is bfloat16 where the device has matrix instructions for it",
+          choices=["auto", "float32", "bfloat16"])
+    p.add("--workers", None, "processes that read pictures (default: 4 with a GPU, else 0)", type=whole(0))
+    p.add("--max-bad", 0.001, "share of unreadable pictures that is skipped", type=number(0, 1))
+    p.add("--compile", False, "torch.compile the networks", action="store_true")
+    p.add("--fresh", False, "start anew, over what lies in --out", action="store_true")
+
+
+# ---- Shared: pictures
+
+
+def draw_digit(i, seed, size, fonts={}):
+    """Picture i of the default data: (uint8 (size,size,3), digit), or the digit alone without a size; a function of (i, seed)."""
+    rng = np.random.default_rng([seed, i])
+    digit = int(rng.integers(10))
+    if size is None:
+        return digit
+    big = 4 * size
+    points = round(big * rng.uniform(0.8, 1.0))
+    x, y = big / 2 + rng.uniform(-0.08, 0.08, 2) * big
+    font = fonts.get(points) or fonts.setdefault(points, ImageFont.load_default(points))
+    mask = Image.new("L", (big, big))
+    ImageDraw.Draw(mask).text((x, y), str(digit), fill=255, font=font, anchor="mm", stroke_width=int(rng.integers(4)))
+    mask = mask.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BOX)
+    ink = ground = np.zeros(3)
+    while np.abs(ink - ground).sum() < 250:
+        ink, ground = rng.integers(256, size=(2, 3)).astype(float)
+    share = np.asarray(mask, np.float32)[..., None] / 255
+    return (ground + share * (ink - ground)).round().astype(np.uint8), digit
+
+
+class Pictures(torch.utils.data.Dataset):
+    """An indexed set of pictures: the default digits, a folder, a .zip or .tar shards of one.
+
+    [i] -> (uint8 (3,pixels,pixels), label, i, readable): shorter side to `pixels`, centre crop. An unreadable picture is
+    replaced by the next readable one. labels (N,) long; classes: names of the sub-folders, sorted; none where there are none.
+    Raises UserError where nothing is found.
+    """
+    ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+    def __init__(self, source, pixels, seed=0, count=10000):
+        self.source, self.pixels, self.seed, self.archives, self.kept = source, pixels, seed, {}, {}
+        if source is None:
+            self.places = [(None, i) for i in range(count)]
+            self.names, self.classes = [f"digit {i}" for i in range(count)], [str(d) for d in range(10)]
+            stamp = f"digits {seed} {count}"
+            self.labels = torch.tensor([draw_digit(i, seed, None) for i in range(count)])
+        else:
+            found = sorted(self.find(Path(source)))
+            if not found:
+                raise UserError(f"--data {source}: no pictures in it; expected a folder, .zip or .tar with {', '.join(self.ENDINGS)} files")
+            self.names, self.places = [name for name, _, _ in found], [place for _, place, _ in found]
+            stamp = "".join(f"{name} {size}\n" for name, _, size in found)
+            tops = [name.split("/")[0] if "/" in name else None for name in self.names]
+            self.classes = sorted(set(tops)) if None not in tops and len(set(tops)) > 1 else []
+            number = {name: i for i, name in enumerate(self.classes)}
+            self.labels = torch.tensor([number.get(top, 0) for top in tops])
+        self.fingerprint = hashlib.sha256(f"{pixels} {stamp}".encode()).hexdigest()
+        self.small = len(self.names) * 3 * pixels**2 <= 2**28  # decoded pictures then stay in memory
+
+    def find(self, source):
+        """Yields (name, place, bytes) of every picture; a place says where its bytes are."""
+        if source.is_dir():
+            for path in source.rglob("*"):
+                if path.suffix.lower() in self.ENDINGS and path.is_file():
+                    yield path.relative_to(source).as_posix(), (str(path),), path.stat().st_size
+        elif not source.is_file():
+            raise UserError(f"--data {source}: no such file or folder; give a folder of pictures or a .zip or .tar of one")
+        elif zipfile.is_zipfile(source):
+            for info in zipfile.ZipFile(source).infolist():
+                if info.filename.lower().endswith(self.ENDINGS):
+                    yield info.filename, (str(source), info.filename), info.file_size
+        else:
+            raise UserError(f"--data {source}: neither a folder nor a .zip of pictures")
+
+    def open(self, i):
+        """The bytes of picture i as a file object."""
+        path, *inside = self.places[i]
+        if not inside:
+            return open(path, "rb")
+        key = (os.getpid(), path)  # an open archive cannot be shared between processes
+        if key not in self.archives:
+            self.archives[key] = zipfile.ZipFile(path)
+        return self.archives[key].open(inside[0])
+
+    def __len__(self):
+        return len(self.names)
+
+    def read(self, i):
+        """uint8 (3,pixels,pixels); raises what the picture's decoder raises."""
+        if i not in self.kept:
+            if self.source is None:
+                image = draw_digit(i, self.seed, self.pixels)[0]
+            else:
+                with self.open(i) as f:
+                    image = Image.fromarray(fid.decode(f, self.names[i]))
+                image = np.array(ImageOps.fit(image, (self.pixels, self.pixels), Image.Resampling.BICUBIC))
+            x = torch.from_numpy(image).permute(2, 0, 1)
+            if not self.small:
+                return x
+            self.kept[i] = x
+        return self.kept[i]
+
+    def __getitem__(self, i):
+        for shift in range(len(self)):
+            try:
+                return self.read((i + shift) % len(self)), self.labels[(i + shift) % len(self)], i, shift == 0
+            except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError):
+                pass
+        raise UserError(f"--data {self.source}: not one of its {len(self)} pictures can be read")
+
+
+class Order:
+    """Batch sampler: this rank's picture numbers of the steps first..last-1. Every epoch is a permutation of its own, a function of
+    (seed, epoch) alone, and an epoch may end within a batch; so nothing about the position has to be saved."""
+
+    def __init__(self, n, batch, ranks, first, last, seed):
+        self.n, self.batch, self.ranks, self.first, self.last, self.seed = n, batch, ranks, first, last, seed
+
+    def __len__(self):
+        return self.last - self.first
+
+    def __iter__(self):
+        epoch, permutation, share = -1, None, self.batch // self.ranks.world
+        for step in range(self.first, self.last):
+            indices = []
+            for position in range(step * self.batch + self.ranks.rank * share, step * self.batch + (self.ranks.rank + 1) * share):
+                if position // self.n != epoch:
+                    epoch = position // self.n
+                    permutation = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+                indices.append(int(permutation[position % self.n]))
+            yield indices
+
+
+class Loader:
+    """Iterates over (images (b,3,S,S) in [-1,1], labels (b,), indices (b,) on the CPU), this rank's part of each step."""
+
+    def __init__(self, pictures, sampler, ranks, workers=None, max_bad=0.0):
+        gpu = ranks.device.type == "cuda"
+        workers = workers if workers is not None else 4 if gpu and not pictures.small else 0
+        self.loader = torch.utils.data.DataLoader(pictures, batch_sampler=sampler, num_workers=workers, pin_memory=gpu)
+        self.pictures, self.ranks, self.bad, self.limit = pictures, ranks, set(), max_bad * len(pictures) / ranks.world
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for images, labels, indices, readable in self.loader:
+            for i in set(indices[~readable].tolist()) - self.bad:
+                self.bad.add(i)
+                print(f"\nskipped: {self.pictures.names[i]} cannot be read ({len(self.bad)} so far)", file=sys.stderr)
+                if len(self.bad) > self.limit:
+                    raise UserError(f"--data {self.pictures.source}: {len(self.bad)} of {len(self.pictures)} pictures cannot be read, the "
+                                    f"last {self.pictures.names[i]}; mend them or raise --max-bad")
+            images, labels = (u.to(self.ranks.device, non_blocking=True) for u in (images, labels))
+            yield images.float() / 127.5 - 1, labels, indices
+
+
+# ---- Shared: ranks, random numbers, schedule, EMA
+
+
+class Ranks:
+    """One process or many under torchrun: .rank, .world, .device, and the collectives the trainers need."""
+
+    def __init__(self, device="auto"):
+        self.rank, self.world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and self.world == 1 else "cpu"
+        if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
+            raise UserError(f"--device {device}: this machine has none; use --device auto")
+        self.device, self.main = torch.device(device, local) if device == "cuda" else torch.device(device), self.rank == 0
+        if device == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+
+    def sum(self, x):
+        """Sum of a tensor over all ranks, on all ranks."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def wait(self):
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def wrap(self, module):
+        """DDP where there are several ranks; it sends rank 0's weights to all, so that they start equal."""
+        if self.world == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def part(self, x):
+        """This rank's slice of a tensor drawn for the whole batch."""
+        return x.chunk(self.world)[self.rank]
+
+
+def generator(seed, step, stream, device):
+    """Random numbers that depend on (seed, step) and what they are for, never on ranks, accumulation or restarts."""
+    return torch.Generator(device).manual_seed((seed * 1_000_000_007 + step) * 8 + stream)
+
+
+def noise_for(seeds, shape, device):
+    """One seed a picture: noise (len(seeds), *shape) that does not change with the batch it is drawn in."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+
+
+def flipped(images, p):
+    """Mirror the pictures whose uniform draw p (B,) is below one half."""
+    return torch.where((p < 0.5)[:, None, None, None], images.flip(-1), images)
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then constant; nano's short runs then fall to a twentieth along a cosine."""
+    rate = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+    return rate * (0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))) if args.decay else rate
+
+
+class EMA:
+    """Moving average of the trained parameters; its decay warms up, or short runs would keep their initial weights."""
+
+    def __init__(self, parameters, decay):
+        self.parameters, self.decay = list(parameters), decay
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Within it the model holds the averaged weights."""
+        kept = [p.detach().clone() for p in self.parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, kept)
+
+
+def autocast(ranks, dtype):
+    """The autocast context of --dtype; auto takes bfloat16 where the device has matrix instructions for it."""
+    kind = ranks.device.type
+    if dtype == "auto":
+        able = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and torch.cpu._is_amx_tile_supported()
+        dtype = "bfloat16" if able else "float32"
+    return torch.autocast(kind, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def move(optimizer, parameters, clip):
+    """Clip the gradient and take the step, unless its norm is not finite: then nothing moves. Returns norm and that flag.
+
+    Both stay on the device: the loop does not wait for them.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    bad = (~norm.isfinite()).float()
+    optimizer.grad_scale, optimizer.found_inf = None, bad.clone()  # what a GradScaler sets; fused AdamW then skips on the device
+    optimizer.step()
+    return norm, bad
+
+
+# ---- Shared: checkpoints, log, interruption
+
+
+def save_checkpoint(path, content):
+    """Write to a temporary file, sync, rename; the checkpoint before stays as NAME.prev.pt. Raises UserError on a full disk."""
+    temporary, previous = path.with_suffix(".tmp"), path.with_suffix(".prev.pt")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if path.exists() and path.suffix == ".pt":
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({str(e).splitlines()[0]}); make room and run the same command again") from None
+
+
+def load_checkpoint(path, kind):
+    """The newest whole checkpoint at `path`: itself, or NAME.prev.pt where it is torn (said in one line). Raises UserError."""
+    path = Path(path)
+    previous = path.with_suffix(".prev.pt")
+    try:
+        content = tok.read_file(path)
+    except UserError as e:
+        if not previous.exists():
+            raise
+        print(f"{e}; going on from {previous}", file=sys.stderr)
+        content = tok.read_file(previous)
+    if not isinstance(content, dict) or content.get("kind") not in kind:
+        is_a = content.get("kind") if isinstance(content, dict) else None
+        raise UserError(f"{path}: not a checkpoint of {' or '.join(kind)}" + (f" but of {is_a}" if is_a else "") + "; give the right file")
+    return content
+
+
+# What may differ between a run and its continuation without changing its sequence
+FREE = {"out", "steps", "log_every", "save_every", "device", "workers", "fresh", "accumulate", "compile", "checkpointing", "max_bad",
+        "cache", "bench", "write_data", "num", "stage1", "encoder", "vae", "init", "data"}
+
+
+def continued(path, args, kind, fingerprint):
+    """The checkpoint that a run goes on from, or None; exits 0 where it is finished. Raises UserError where a setting differs."""
+    if args.fresh or not (path.exists() or path.with_suffix(".prev.pt").exists()):
+        return None
+    content = load_checkpoint(path, [kind])
+    now, then = {**settings(args), "data": fingerprint}, content["settings"]
+    for name in sorted(now.keys() | then.keys()):
+        if name not in FREE - {"data"} and now.get(name) != then.get(name):
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} is {now.get(name)} but was {then.get(name)} in {path}; use the same, another --out, or --fresh")
+    if content["step"] >= args.steps:
+        print(f"{path} is finished at step {content['step']}; a larger --steps goes on from there")
+        sys.exit(0)
+    return content
+
+
+def settings(args):
+    """The options as plain values, for the checkpoint."""
+    return {k: v for k, v in vars(args).items() if v is None or isinstance(v, (bool, int, float, str, list))}
+
+
+class Log:
+    """OUT/NAME.jsonl, a flushed line a logged step, and a progress bar with smoothed loss, step time and time left."""
+
+    def __init__(self, path, ranks, first, last, batch):
+        self.ranks, self.batch, self.smooth, self.since = ranks, batch, None, (time.time(), first)
+        self.bar = tqdm(total=last, initial=first, disable=not ranks.main, desc=path.stem, dynamic_ncols=True)
+        if ranks.main:
+            kept = [] if first == 0 or not path.exists() else [s for s in path.read_text().splitlines() if s.endswith("}") and json.loads(s)["step"] <= first]
+            path.write_text("".join(f"{line}\n" for line in kept))  # what a killed run logged after its last checkpoint comes again
+            self.file = open(path, "a")
+
+    def write(self, step, loss, **values):
+        """`loss` is that step's, over the whole batch."""
+        self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
+        (then, before), self.since = self.since, (time.time(), step)
+        seconds = (self.since[0] - then) / max(1, step - before)
+        self.bar.set_postfix_str(f"loss {self.smooth:.4f}, {1e3 * seconds:.0f} ms, {self.batch / seconds:.0f} images/s", refresh=False)
+        if self.ranks.main:
+            self.file.write(json.dumps({"step": step, "loss": loss, **values, "images_per_second": round(self.batch / seconds, 1)}) + "\n")
+            self.file.flush()
+
+
+class Bins:
+    """Mean loss in eight equal segments of t, kept on the device: the cheapest look into a flow model."""
+
+    def __init__(self, device):
+        self.total, self.count = torch.zeros(8, device=device), torch.zeros(8, device=device)
+
+    def add(self, t, loss):
+        """t (B,), loss (B,)."""
+        segment = (t * 8).long().clamp(max=7)
+        self.total.index_add_(0, segment, loss.float())
+        self.count.index_add_(0, segment, torch.ones_like(t))
+
+    def read(self, ranks):
+        """Eight means over all ranks (None where nothing fell) since the last call."""
+        total, count = (ranks.sum(u.clone()).tolist() for u in (self.total, self.count))
+        self.total.zero_(), self.count.zero_()
+        return [round(a / n, 5) if n else None for a, n in zip(total, count)]
+
+
+class Interruption:
+    """SIGINT and SIGTERM on any rank, and a gradient that is not finite, seen by all ranks at the same step.
+
+    The flags of a step are read one step later on a GPU, so that the loop does not wait for the device.
+    """
+
+    def __init__(self, ranks):
+        self.ranks, self.asked, self.flags, self.lag = ranks, 0.0, [], 1 if ranks.device.type == "cuda" else 0
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, self.ask)
+
+    def ask(self, *_):
+        """The signal handler: finish the step, save, exit 0."""
+        self.asked = 1.0
+
+    def check(self, bad, losses, step, indices, pictures):
+        """True if a signal asks to stop. Raises UserError, naming step and pictures, where the loss was not finite."""
+        flags = self.ranks.sum(torch.stack([bad, torch.full_like(bad, self.asked)]))
+        self.flags.append((flags, losses, step, indices))
+        if len(self.flags) <= self.lag:
+            return False
+        flags, losses, step, indices = self.flags.pop(0)
+        bad, asked = flags.tolist()
+        if bad:
+            which = [pictures.names[i] for i in indices[~losses.isfinite().cpu()].tolist()] or ["none of this rank's alone"]
+            raise UserError(f"the loss or its gradient is not finite at step {step}, pictures: {', '.join(which[:5])}; the last checkpoint "
+                            f"is untouched: try a smaller --lr or --dtype float32")
+        return asked > 0
+
+
+def grid(rows, scale=None):
+    """Rows of images (each (B,3,H,W) in [-1,1]) -> one PIL picture, enlarged to be seen."""
+    x = torch.stack([fid.to_uint8(row.cpu()) for row in rows])                                  # (rows,B,3,H,W)
+    R, B, _, H, W = x.shape
+    picture = Image.fromarray(x.permute(0, 3, 1, 4, 2).reshape(R * H, B * W, 3).numpy())
+    scale = scale or max(1, 64 // H)
+    return picture.resize((B * W * scale, R * H * scale), Image.Resampling.NEAREST)
+
+
+def save_picture(picture, path):
+    """A PNG, renamed into place."""
+    temporary = Path(path).with_suffix(".tmp")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+# ---- Stage 1
+
+
+def self_supervised(args, pictures, ranks):
+    """The small prior: a ViT trained without labels on the pictures themselves, kept in OUT/prior.pt. Returns it frozen."""
+    path = Path(args.out, "prior.pt")
+    made = {"data": pictures.fingerprint, "seed": args.seed, "prior_steps": args.prior_steps, "pixels": args.pixels}
+    if path.exists() and not args.fresh:
+        then = load_checkpoint(path, ["prior"])["settings"]
+        for name in made:
+            if made[name] != then.get(name):
+                raise UserError(f"--{name.replace('_', '-')} is not that of {path}; use the same, another --out, or --fresh")
+    elif ranks.main:
+        print(f"No encoder given: a ViT of {args.pixels}x{args.pixels} pixels is self-supervised on the pictures first, without labels; "
+              f"real use takes DINOv2 (--encoder)")
+        vit = new_vit(args).to(ranks.device)
+        solo = argparse.Namespace(rank=0, world=1, device=ranks.device)
+        loader = Loader(pictures, Order(len(pictures), min(128, len(pictures)), solo, 0, args.prior_steps, args.seed + 1), solo,
+                        args.workers, args.max_bad)
+        bar, batches = tqdm(total=len(loader), desc="prior", dynamic_ncols=True), Images(loader)
+        for step, loss in enumerate(tok.pretrain(vit, batches, args.seed)):
+            bar.update()
+            if step % 20 == 0:
+                bar.set_postfix_str(f"loss {loss.item():.3f}")
+        bar.close()
+        save_checkpoint(path, {"kind": "prior", "settings": made, "config": vit.config, "state": vit.cpu().state_dict()})
+    ranks.wait()
+    return encoder(str(path))
+
+
+class Images:
+    """A Loader's pictures alone, with its length."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        return (images for images, _, _ in self.loader)
+
+
+def new_vit(args):
+    """An untrained ViT: nano's own, or DINOv2 ViT-B/14's shape with registers."""
+    torch.manual_seed(args.seed)
+    if args.size == "nano":
+        if args.pixels % 4:
+            raise UserError(f"--pixels {args.pixels} cannot be cut into nano's patches of 4x4; choose a multiple of 4")
+        return ViT(pixels=args.pixels, grid=args.pixels // 4, hidden=256)
+    return ViT(768, 12, 12, 3072, 14, 37, registers=4, layer_scale=True, pixels=224, mean=tok.IMAGENET[0], std=tok.IMAGENET[1])
+
+
+def encoder(path):
+    """A frozen ViT from OUT/prior.pt or from any published file or name. Raises UserError."""
+    path = tok.weight_file(path)
+    content = tok.read_file(path)
+    if not (isinstance(content, dict) and content.get("kind") == "prior"):
+        return tok.load_encoder(path)
+    return tok.fit(ViT(**content["config"]), content["state"], path, "a prior").requires_grad_(False)
+
+
+class Stage1(nn.Module):
+    """Tokenizer and decoder as one module, so that one backward pass trains both (Eq. 2)."""
+
+    def __init__(self, tokenizer, decoder):
+        super().__init__()
+        self.tokenizer, self.decoder = tokenizer, decoder
+
+    def forward(self, images, latents, t, noise, prior=None):
+        """Losses of each picture: flow (B,) of Eq. 1 and cosine (B,) of Eq. 3, 0 without a prior."""
+        tokens = self.tokenizer(images)                                                            # (B,K,D)
+        flow = flow_loss(lambda x_t, s: self.decoder(x_t, s, tokens), latents, t, noise)
+        return flow, torch.zeros_like(flow) if prior is None else cosine_loss(tokens, prior)
+
+
+@torch.no_grad()
+def reconstruct(tokenizer, decoder, vae, images, steps=20, seed=0):
+    """(B,3,H,W) in [-1,1] -> the pictures their tokens decode to, (B,3,pixels,pixels)."""
+    shape = (decoder.config["channels"], decoder.config["size"], decoder.config["size"])
+    projected = decoder.project(tokenizer(images))
+    noise = noise_for(range(seed, seed + len(images)), shape, images.device)
+    latents = euler(lambda x, t: decoder.velocity(x, decoder.condition(t), projected), noise, steps)
+    return vae.decode(latents).clamp(-1, 1)
+
+
+def options():
+    """The command line of stage 1."""
+    p = Parser(__doc__)
+    common_options(p, 1)
+    p.add("--encoder", None, "DINOv2, MAE or CLIP file or name, a prior.pt, or 'random' (all unfrozen, lambda 0); default: nano trains a prior")
+    p.add("--vae", None, "SD VAE file; default: nano works on pixels")
+    p.add("--init", None, "checkpoint (ours or the authors') to fine-tune from")
+    p.add("--pixels", None, "side of the pictures (default: 16 for nano, else 256)", type=whole(1))
+    p.add("--lam", 0.1, "lambda, the weight of the cosine term (Eq. 3)", type=number(0))
+    p.add("--unfreeze", "token", "what of the encoder is trained", choices=["token", "all", "none"])
+    p.add("--token", "cls", "what is read: class token, one register, or all of them (K = 1 + registers)", choices=["cls", "reg", "all"])
+    p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
+    p.add("--t-mean", None, "t = sigmoid(N(this,1)); below 0 nearer to noise", type=number(-10, 10))
+    p.add("--checkpointing", False, "recompute activations in the backward pass: less memory, more time", action="store_true")
+    p.add("--write-data", None, "write --num pictures of the default data as PNG in class folders to this folder, and exit")
+    p.add("--num", 2000, "how many pictures --write-data writes", type=whole(1))
+    args = p.parse_args()
+    for name, value in (NANO if args.size == "nano" else PAPER).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.pixels = args.pixels or SIZES[args.size]["pixels"]
+    if args.encoder == "random":
+        args.unfreeze, args.lam = "all", 0.0
+    return args
+
+
+def write_data(folder, count, seed, pixels):
+    """The default pictures as FOLDER/digit/number.png."""
+    for i in tqdm(range(count), desc="pictures", dynamic_ncols=True):
+        x, digit = draw_digit(i, seed, pixels)
+        path = Path(folder, str(digit), f"{i:06d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x).save(path)
+
+
+def build(args, pictures, ranks):
+    """Tokenizer, decoder and VAE of this run, on the CPU, before any weight of a checkpoint. Raises UserError."""
+    if args.init:
+        from sample import RepTok  # reads both checkpoint kinds; sample.py itself needs this file
+        model = RepTok.load(args.init)
+        return model.tokenizer, model.decoder, model.vae
+    nano = args.size == "nano"
+    if not nano and not args.vae:
+        raise UserError(f"--size {args.size} works in SD-VAE latents: give --vae the file diffusion_pytorch_model.safetensors of "
+                        f"stabilityai/sd-vae-ft-mse (address in the README)")
+    if not nano and not args.encoder:
+        raise UserError(f"--size {args.size} needs an encoder: give --encoder dinov2_vitb14_reg4_pretrain.pth, or its name "
+                        f"dinov2_vitb14_reg to download it")
+    vae = dec.load_vae(args.vae) if args.vae else PixelSpace()
+    if args.pixels % vae.factor:
+        raise UserError(f"--pixels {args.pixels} is not a multiple of the VAE's {vae.factor}")
+    Decoder(**{**SIZES[args.size]["decoder"], "depth": 0}, channels=vae.channels, size=args.pixels // vae.factor)  # refuses bad sizes early
+    vit = encoder(args.encoder) if args.encoder and args.encoder != "random" else None
+    vit = vit or (new_vit(args) if args.encoder else self_supervised(args, pictures, ranks))
+    torch.manual_seed(args.seed)
+    tokenizer = Tokenizer(vit, args.token, args.reg_index, args.unfreeze)
+    decoder = Decoder(**SIZES[args.size]["decoder"], channels=vae.channels, size=args.pixels // vae.factor,
+                      token_dim=tokenizer.width, K=tokenizer.K)
+    return tokenizer, decoder, vae
+
+
+def main():
+    args = options()
+    if args.write_data:
+        return write_data(args.write_data, args.num, args.seed, args.pixels)
+    ranks = Ranks(args.device)
+    if args.batch % (ranks.world * args.accumulate):
+        raise UserError(f"--batch {args.batch} is not a multiple of {ranks.world} processes x --accumulate {args.accumulate}")
+    out = Path(args.out, "stage1.pt")
+    pictures = Pictures(args.data, args.pixels, args.seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    last = continued(out, args, "stage1", pictures.fingerprint)
+    tokenizer, decoder, vae = (u.to(ranks.device) for u in build(args, pictures, ranks))
+    tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing
+    stage1, first = Stage1(tokenizer, decoder), 0
+    if last:
+        tokenizer.load_state_dict(last["tokenizer"]["state"]), decoder.load_state_dict(last["decoder"]["state"])
+    names, parameters = zip(*[(name, p) for name, p in stage1.named_parameters() if p.requires_grad])
+    optimizer, ema = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True), EMA(parameters, args.ema)
+    if last:
+        first = last["step"]
+        optimizer.load_state_dict(last["optimizer"])
+        torch.set_rng_state(last["rng"])
+        for average, name in zip(ema.average, names):
+            average.copy_(last["ema"][name])
+    model = ranks.wrap(torch.compile(stage1) if args.compile else stage1)
+    if ranks.main:
+        print(f"{len(pictures)} pictures, {len(pictures.classes)} classes; {sum(p.numel() for p in parameters) / 1e6:.2f}M trained parameters, "
+              f"{tokenizer.embedding.numel()} of them in the encoder's token; batch {args.batch} = {ranks.world} processes x "
+              f"{args.accumulate} x {args.batch // ranks.world // args.accumulate}; steps {first} to {args.steps}")
+
+    def save(step):
+        if ranks.main:
+            part = lambda module: {"config": module.config, "state": module.state_dict()}
+            save_checkpoint(out, {
+                "kind": "stage1", "step": step, "settings": {**settings(args), "data": pictures.fingerprint}, "classes": pictures.classes,
+                "pixels": args.pixels, "tokenizer": part(tokenizer), "decoder": part(decoder), "vae": part(vae),
+                "ema": dict(zip(names, ema.average)), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
+            with ema.applied(), autocast(ranks, args.dtype):
+                shown = torch.stack([pictures[i][0] for i in range(min(10, len(pictures)))]).to(ranks.device).float() / 127.5 - 1
+                save_picture(grid([shown, reconstruct(tokenizer, decoder, vae, shown).float()]), out.with_suffix(".png"))
+        ranks.wait()
+
+    loader = Loader(pictures, Order(len(pictures), args.batch, ranks, first, args.steps, args.seed), ranks, args.workers, args.max_bad)
+    log, bins, stop = Log(out.with_suffix(".jsonl"), ranks, first, args.steps, args.batch), Bins(ranks.device), Interruption(ranks)
+    shape = (args.batch, decoder.config["channels"], decoder.config["size"], decoder.config["size"])
+    for step, (images, _, indices) in enumerate(loader, first):
+        # drawn for the whole batch on every rank, so that ranks and accumulation do not change the sequence
+        draw = generator(args.seed, step, 0, ranks.device)
+        t = ranks.part(torch.sigmoid(torch.randn(args.batch, generator=draw, device=ranks.device) + args.t_mean))
+        noise, posterior = (ranks.part(torch.randn(shape, generator=draw, device=ranks.device)) for _ in range(2))
+        if args.flip:
+            images = flipped(images, ranks.part(torch.rand(args.batch, generator=draw, device=ranks.device)))
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        losses, cosines = [], []
+        for n, (x, s, e, q) in enumerate(zip(*(u.chunk(args.accumulate) for u in (images, t, noise, posterior)))):
+            wait = contextlib.nullcontext() if n == args.accumulate - 1 or ranks.world == 1 else model.no_sync()
+            with wait, autocast(ranks, args.dtype):
+                with torch.no_grad():
+                    latents = vae.encode(x, q).float()                                             # (b,C,h,w)
+                    prior = tokenizer.prior(x) if args.lam else None                               # (b,K,D)
+                flow, cosine = model(x, latents, s, e, prior)                                      # Eq. 1 and 2; Eq. 3
+                ((flow + args.lam * cosine).mean() / args.accumulate).backward()
+            losses.append(flow.detach()), cosines.append(cosine.detach())
+        norm, bad = move(optimizer, parameters, args.clip_grad)
+        ema.update(step)
+        flow, cosine = torch.cat(losses), torch.cat(cosines)
+        bins.add(t, flow)
+        stopping = stop.check(bad, flow, step + 1, indices, pictures)
+        log.bar.update()
+        if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
+            mean = ranks.sum(torch.stack([flow.mean(), cosine.mean()]) / ranks.world).tolist()
+            log.write(step + 1, mean[0] + args.lam * mean[1], flow=mean[0], cosine=mean[1], norm=norm.item(),
+                      lr=optimizer.param_groups[0]["lr"], bins=bins.read(ranks))
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
+            save(step + 1)
+        if stopping:
+            break
+    log.bar.close()
+    if ranks.main:
+        done = step + 1 == args.steps
+        print(f"{out}: step {step + 1}" + ("" if done else f" of {args.steps}, interrupted; run the same command to go on"))
+
+
+if __name__ == "__main__":
+    run(main)

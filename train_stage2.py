@@ -1,0 +1,165 @@
+"""Stage 2: learn to generate the tokens of stage 1 (RepTok, arXiv 2510.14630, Sec. 4).
+
+    python train_stage2.py                                        # after python train_stage1.py
+    python train_stage2.py --data FOLDER --out OUT                # with OUT/stage1.pt
+    torchrun --nproc-per-node 8 train_stage2.py --data imagenet/train --size XL --stage1 reptok-xl-600k-ImageNet.ckpt
+
+The frozen tokenizer turns every picture into tokens once (OUT/tokens-*.npy); an MLP-Mixer then learns the flow from noise to
+them without reading a picture again. Writes OUT/stage2.pt (self-contained), OUT/stage2.jsonl and OUT/stage2.png (samples from
+fixed noise, a row a class). Run again, it goes on.
+"""
+import contextlib
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from decoder import flow_loss
+from mixer import Mixer
+from sample import RepTok
+from tokenizer import UserError
+from train_stage1 import (EMA, SIZES, Bins, Interruption, Loader, Log, Order, Parser, Pictures, Ranks, autocast, common_options, continued,
+                          generator, grid, learning_rate, move, noise_for, number, run, save_checkpoint, save_picture, settings, whole)
+
+PAPER = dict(steps=700_000, batch=256, lr=1e-4, warmup=2000, decay=False, ema=0.9999)
+NANO = dict(steps=1500, batch=256, lr=2e-3, warmup=100, decay=True, ema=0.995)
+CHUNK = 64  # pictures encoded together, always the same ones, so that tokens do not depend on ranks or restarts
+
+
+def options():
+    """The command line of stage 2."""
+    p = Parser(__doc__)
+    common_options(p, 2)
+    p.add("--stage1", None, "checkpoint of stage 1, ours or the authors' (default: OUT/stage1.pt)")
+    p.add("--label-drop", 0.1, "share of labels dropped for classifier-free guidance", type=number(0, 1))
+    p.add("--channel-expansion", 4, "channel MLP's hidden width over the Mixer's (3 gives the paper's 276M)", type=whole(1))
+    p.add("--token-expansion", 2, "token MLP's hidden width over the number of tokens", type=whole(1))
+    args = p.parse_args()
+    for name, value in (NANO if args.size == "nano" else PAPER).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    args.stage1 = args.stage1 or str(Path(args.out, "stage1.pt"))
+    return args
+
+
+@torch.no_grad()
+def encode(model, pictures, ranks, args):
+    """Tokens of every picture (and, with --flip, of its mirror image), once: (N,V,K,D) float16 and labels (N,).
+
+    One file holds them, a record a picture with a mark that it is done, so that a stopped pass goes on where it was and every rank
+    writes its own records. Its name carries the fingerprint of pictures and tokenizer.
+    """
+    digest = hashlib.sha256(f"{pictures.fingerprint} {args.flip}".encode())
+    for name, tensor in model.tokenizer.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    path, N = Path(args.out, f"tokens-{digest.hexdigest()[:12]}.npy"), len(pictures)
+    record = np.dtype([("done", "u1"), ("label", "<i4"), ("tokens", "<f2", (1 + args.flip, model.tokenizer.K, model.tokenizer.width))])
+    try:
+        whole = np.load(path, mmap_mode="r").shape == (N,) and np.load(path, mmap_mode="r").dtype == record
+    except (OSError, ValueError):
+        whole = False
+    if ranks.main and not whole:
+        np.lib.format.open_memmap(path, mode="w+", dtype=record, shape=(N,)).flush()
+    ranks.wait()
+    rows = np.load(path, mmap_mode="r+")
+    chunks = [list(range(i, min(i + CHUNK, N))) for i in range(0, N, CHUNK)][ranks.rank::ranks.world]
+    chunks = [chunk for chunk in chunks if not rows["done"][chunk].all()]
+    loader = Loader(pictures, chunks, ranks, args.workers, args.max_bad)
+    for chunk, (images, labels, _) in zip(chunks, tqdm(loader, desc="tokens", unit_scale=CHUNK, disable=not ranks.main, dynamic_ncols=True)):
+        with autocast(ranks, args.dtype):
+            both = [model.tokenizer(view).float().cpu().numpy() for view in ([images, images.flip(-1)] if args.flip else [images])]
+        rows["tokens"][chunk], rows["label"][chunk] = np.stack(both, 1), labels.cpu().numpy()      # (b,V,K,D)
+        rows["done"][chunk] = 1
+    rows.flush()
+    ranks.wait()
+    rows = np.load(path, mmap_mode="r")
+    tokens, labels = torch.from_numpy(rows["tokens"].copy()), torch.from_numpy(rows["label"].astype(np.int64))
+    if not tokens.isfinite().all():
+        raise UserError(f"{path}: the tokenizer gave values that are not finite or beyond float16; check --stage1, or use --dtype float32")
+    return tokens.to(ranks.device), labels.to(ranks.device)
+
+
+def main():
+    args = options()
+    ranks = Ranks(args.device)
+    if args.batch % (ranks.world * args.accumulate):
+        raise UserError(f"--batch {args.batch} is not a multiple of {ranks.world} processes x --accumulate {args.accumulate}")
+    model = RepTok.load(args.stage1, ranks.device)
+    pictures, out = Pictures(args.data, model.pixels, args.seed), Path(args.out, "stage2.pt")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    last = continued(out, args, "stage2", pictures.fingerprint)
+    tokens, labels = encode(model, pictures, ranks, args)
+    (N, V, K, D), C = tokens.shape, len(pictures.classes)
+    # normalised tokens have mean 0 and variance 1 in every dimension; a released checkpoint keeps its own factor
+    mean, std = (model.mean, model.std) if model.released else (tokens.float().mean((0, 1))[None], tokens.float().std((0, 1))[None] + 1e-6)
+    torch.manual_seed(args.seed)
+    shape, S = SIZES[args.size]["mixer"], K + bool(C) + 1
+    mixer = Mixer(K, D, **shape, classes=C, token_hidden=args.token_expansion * S, channel_hidden=args.channel_expansion * shape["hidden"])
+    mixer.to(ranks.device)
+    if last:
+        mixer.load_state_dict(last["mixer"]["state"])
+    parameters = list(mixer.parameters())
+    optimizer, ema, first = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True), EMA(parameters, args.ema), 0
+    if last:
+        first = last["step"]
+        optimizer.load_state_dict(last["optimizer"])
+        torch.set_rng_state(last["rng"])
+        for average, (name, _) in zip(ema.average, mixer.named_parameters()):
+            average.copy_(last["mixer_ema"][name])
+    net = ranks.wrap(torch.compile(mixer) if args.compile else mixer)
+    model.mixer, model.mean, model.std, model.classes = mixer, mean, std, pictures.classes
+    if ranks.main:
+        print(f"{N} pictures, {C} classes, tokens {K}x{D}; {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters; batch {args.batch} = "
+              f"{ranks.world} processes x {args.accumulate} x {args.batch // ranks.world // args.accumulate}; steps {first} to {args.steps}")
+
+    def save(step):
+        if ranks.main:
+            save_checkpoint(out, {
+                **model.parts(), "kind": "stage2", "step": step, "settings": {**settings(args), "data": pictures.fingerprint},
+                "mixer_ema": dict(zip((name for name, _ in mixer.named_parameters()), ema.average)),
+                "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
+            with ema.applied(), autocast(ranks, args.dtype):
+                rows = [torch.full((8,), c, device=ranks.device) for c in range(min(10, max(1, C)))]
+                z = model.generate(torch.cat(rows), steps=20, noise=noise_for(range(8 * len(rows)), (K, D), ranks.device))
+                save_picture(grid(model.decode(z, steps=20).chunk(len(rows))), out.with_suffix(".png"))
+        ranks.wait()
+
+    log, bins, stop = Log(out.with_suffix(".jsonl"), ranks, first, args.steps, args.batch), Bins(ranks.device), Interruption(ranks)
+    for step, indices in enumerate(Order(N, args.batch, ranks, first, args.steps, args.seed), first):
+        # drawn for the whole batch on every rank, so that ranks and accumulation do not change the sequence
+        draw = generator(args.seed, step, 1, ranks.device)
+        t, drop, view = (ranks.part(torch.rand(args.batch, generator=draw, device=ranks.device)) for _ in range(3))
+        noise = ranks.part(torch.randn(args.batch, K, D, generator=draw, device=ranks.device))
+        rows = torch.tensor(indices, device=ranks.device)
+        z = (tokens[rows, (view * V).long()].float() - mean) / std                                 # (b,K,D)
+        classes = torch.where(drop < args.label_drop, C, labels[rows])                             # (b,)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        losses = []
+        for n, (x, s, e, c) in enumerate(zip(*(u.chunk(args.accumulate) for u in (z, t, noise, classes)))):
+            wait = contextlib.nullcontext() if n == args.accumulate - 1 or ranks.world == 1 else net.no_sync()
+            with wait, autocast(ranks, args.dtype):
+                loss = flow_loss(lambda z_t, s: net(z_t, s, c), x, s, e)                           # Eq. 1 on tokens, (b,)
+                (loss.mean() / args.accumulate).backward()
+            losses.append(loss.detach())
+        norm, bad = move(optimizer, parameters, args.clip_grad)
+        ema.update(step)
+        losses = torch.cat(losses)
+        bins.add(t, losses)
+        stopping = stop.check(bad, losses, step + 1, torch.tensor(indices), pictures)
+        log.bar.update()
+        if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
+            log.write(step + 1, ranks.sum(losses.mean() / ranks.world).item(), norm=norm.item(), lr=optimizer.param_groups[0]["lr"],
+                      bins=bins.read(ranks))
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
+            save(step + 1)
+        if stopping:
+            break
+    log.bar.close()
+    if ranks.main:
+        print(f"{out}: step {step + 1}" + ("" if step + 1 == args.steps else f" of {args.steps}, interrupted; run the same command to go on"))
+
+
+if __name__ == "__main__":
+    run(main)
