@@ -10,6 +10,7 @@ The file stands alone: torch, numpy and the standard library. Letters: B batch, 
 import copy
 import gzip
 import html
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pickle
 import re
 import unicodedata
 import zipfile
+import zlib
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
@@ -523,3 +525,158 @@ def load_encoder(path):
     """
     path = weight_file(path)
     return vit_from(read_tensors(path), path)
+
+
+# ---- CLIP's text side (Radford et al. 2021, arXiv 2103.00020): byte-pair tokenizer and text transformer
+
+# The official tokenizer first runs ftfy.fix_text. This table and `repaired` do what it does to single characters; they
+# leave alone all that it leaves alone. Not done: undoing mojibake, for which ftfy has long tables.
+REPAIRS = {c: unicodedata.normalize("NFKC", chr(c)) for c in (  # ligatures and full-width forms
+    0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07), 0x3000, *range(0xFF01, 0xFFF0))}
+REPAIRS |= {c: html.unescape(f"&#{c};") for c in range(0x80, 0xA0)}  # HTML 5 reads these controls as Windows-1252, so does ftfy
+REPAIRS |= dict.fromkeys([*range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)])
+REPAIRS |= dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+REPAIRS[0xFB05] = "\u017ft"
+
+# The official pattern needs the `regex` package: '<|...|>' | 's 't 're 've 'm 'll 'd | \p{L}+ | \p{N} | the rest, ignoring
+# case. Here \p{L} and \p{N} arrive as one run, which `encode` divides. Two oddities of `regex` are kept: it takes the long
+# s for an s, and U+0345, a mark whose capital is a letter, fits none of its alternatives and is dropped.
+PIECES = re.compile("<\\|[s\u017f]tartoftext\\|>|<\\|endoftext\\|>|'(?:[s\u017ftmd]|re|ve|ll)|[^\\W_]+|(?:[^\\w\\s\u0345]|_)+")
+
+
+def _entity(match):
+    """One HTML reference as ftfy reads it: known and closed by a semicolon; names of letters also in capitals."""
+    text, plain = match[0], html.unescape(match[0])
+    if plain == text == text.upper():
+        plain = html.unescape(text.lower()).upper()
+    return text if ";" in plain else plain
+
+
+def repaired(text):
+    """A caption with its typography made plain, near to ftfy.fix_text (https://github.com/rspeer/python-ftfy)."""
+    entities = "<" not in text
+    for _ in range(8):  # one repair can uncover another; a bound, because captions are anybody's
+        before = text
+        if entities:
+            text = re.sub("&#?[0-9A-Za-z]{1,24};", _entity, text)
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # half a pair has no UTF-8
+        text = unicodedata.normalize("NFC", re.sub("\x1b\\[[\\d;]*[A-Za-z]", "", text).translate(REPAIRS))
+        if text == before:
+            break
+    return text
+
+
+class BPE:
+    """CLIP's tokenizer: BPE(vocab_path)(strings) -> ids (B,77), int64: start, the caption, end, zeros.
+
+    vocab_path is the published bpe_simple_vocab_16e6.txt.gz (https://github.com/openai/CLIP/tree/main/clip). A caption that
+    is too long is cut and keeps its end token; `len(bpe.encode(s)) > bpe.context` tells. A damaged file raises UserError.
+    Shorter vocabularies are read too: `size` is the number of ids, 49408 for CLIP; start and end are the last two.
+    """
+
+    context = 77
+
+    def __init__(self, vocab_path):
+        try:
+            with gzip.open(vocab_path) as f:
+                lines = f.read(1 << 24).decode().removesuffix("\n").split("\n")  # the real one has 3.2 MB; a bomb ends here
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
+            raise UserError(f"{vocab_path} is not a whole gzip file of CLIP's byte-pair vocabulary ({e}); get bpe_simple_vocab_16e6.txt.gz again") from None
+        # Ids 0..255 are the bytes, printable ones first; the file writes the others as the characters from 256 on.
+        order = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        order += sorted({*range(256)} - {*order})
+        symbols = [chr(b if i < 188 else 68 + i) for i, b in enumerate(order)]
+        ids = {s: i for i, s in enumerate(symbols + [s + "</w>" for s in symbols])}
+        self.byte, self.merges = {b: i for i, b in enumerate(order)}, {}
+        for number, line in enumerate(lines[1:48895], 2):  # CLIP uses 49152-256-2 of the 262144
+            pair, joined = tuple(ids.get(s) for s in line.split(" ")), line.replace(" ", "")
+            if len(pair) != 2 or None in pair or joined in ids:
+                raise UserError(f"{vocab_path} is not CLIP's byte-pair vocabulary: line {number} joins no two known symbols")
+            ids[joined] = self.merges[pair] = len(ids)
+        if not self.merges:
+            raise UserError(f"{vocab_path} is not CLIP's byte-pair vocabulary: it has no merges")
+        self.start, self.end, self.size = len(ids), len(ids) + 1, len(ids) + 2
+
+    @lru_cache(1 << 16)  # captions repeat their words
+    def _word(self, word):
+        """Ids of one word: among its neighbouring pairs, join the one that comes first in the file, until none is in it."""
+        if word in ("<|startoftext|>", "<|endoftext|>"):
+            return (self.start if word[2] == "s" else self.end,)
+        ids = [self.byte[b] for b in word.encode()]
+        ids[-1] += 256  # the last symbol of a word carries '</w>'
+        while (joined := min((self.merges.get(p, self.size) for p in zip(ids, ids[1:])), default=self.size)) < self.size:
+            out = []
+            for i in ids:  # a symbol just joined is in no pair that gives `joined` again: ids grow with every merge
+                if out and self.merges.get((out[-1], i)) == joined:
+                    out[-1] = joined
+                else:
+                    out.append(i)
+            ids = out
+        return tuple(ids)
+
+    def encode(self, text):
+        """All ids of one caption as a list, start and end included, not cut."""
+        # Captions from the web are often escaped twice, so the official one unescapes twice. split() is its `\s+`: the
+        # controls 28..31, on which `re` and `regex` differ, are gone by now.
+        text = " ".join(html.unescape(html.unescape(repaired(text))).split()).lower()
+        ids = [self.start]
+        for run in PIECES.findall(text):
+            for whole, part in itertools.groupby(run, str.isalpha) if run[0].isalnum() else [(True, run)]:
+                for word in ["".join(part)] if whole else part:  # letters stay together, digits stand alone
+                    ids += self._word(word)
+        return ids + [self.end]
+
+    def __call__(self, strings):
+        strings = [strings] if isinstance(strings, str) else strings
+        out = torch.zeros(len(strings), self.context, dtype=torch.long)
+        for row, text in zip(out, strings):
+            ids = self.encode(text)
+            ids = ids[:-1][:self.context - 1] + ids[-1:]
+            row[:len(ids)] = torch.tensor(ids)
+        return out
+
+
+class TextTower(nn.Module):
+    """CLIP's causal text transformer: QuickGELU, LayerNorm eps 1e-5.
+
+    forward: ids (B,L), L <= context -> features (B,L,C) after the final norm. embed: ids -> (B,E), the feature at the end
+    token, projected, not normalised. What follows the end token changes neither it nor anything before it.
+    """
+
+    def __init__(self, vocabulary, context, width, depth, out):
+        super().__init__()
+        self.token_embedding, self.positional_embedding = nn.Embedding(vocabulary, width), nn.Parameter(torch.zeros(context, width))
+        self.blocks = nn.ModuleList(Block(width, heads_of(width), 4 * width, 1e-5, quick_gelu=True) for _ in range(depth))
+        self.ln_final, self.text_projection = nn.LayerNorm(width, 1e-5), nn.Parameter(torch.zeros(width, out))
+
+    def forward(self, ids):
+        x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]                   # (B,L,C)
+        for block in self.blocks:
+            x = block(x, causal=True)
+        return self.ln_final(x)
+
+    def embed(self, ids):
+        """The largest id is the end token; the first one counts."""
+        x = self(ids)[torch.arange(len(ids), device=ids.device), ids.argmax(-1)]                   # (B,C)
+        return x @ self.text_projection                                                            # (B,E)
+
+
+CLIP_TEXT = [(r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"), (r"^text_model\.embeddings\.", ""),
+             (r"^text_model\.final_layer_norm\.", "ln_final."), (r"^text_model\.", ""), *CLIP_BLOCK]
+# the image half, scalars, index buffers, and the mask that OpenAI's archives keep as an attribute of every block
+NOT_TEXT = r"^(visual|vision_model|visual_projection)\.|(position_ids|attn_mask)$|^(logit_scale|logit_bias|input_resolution|context_length|vocab_size)$"
+
+
+def load_text_encoder(path):
+    """CLIP's text tower, frozen: OpenAI's archive or state dict, or Hugging Face's CLIPModel. Raises UserError."""
+    tensors = rename({k: v for k, v in read_tensors(path).items() if not re.search(NOT_TEXT, k)}, CLIP_TEXT)
+    if "text_projection.weight" in tensors:  # a Linear's; square in B/16, where a missed transpose would load
+        tensors["text_projection"] = tensors.pop("text_projection.weight").t().contiguous()
+    shape = {k: tuple(v.shape) for k, v in tensors.items()}
+    sized = [shape.get(k, ()) for k in ("token_embedding.weight", "positional_embedding", "text_projection")]
+    known = all(len(s) == 2 for s in sized) and sized[0][1] % 32 == 0
+    (vocabulary, width), (context, _), (_, out) = sized if known else [(49408, 512), (77, 512), (512, 512)]  # else only to name what is missing
+    depth = len({k.split(".")[1] for k in tensors if k.startswith("blocks.")})
+    with torch.device("meta"):
+        tower = TextTower(vocabulary, context, width, depth, out)
+    return fit(tower, tensors, path, "a CLIP text tower").requires_grad_(False).eval()
