@@ -45,6 +45,13 @@ class UserError(ValueError):
     """Something the user can put right. The command line prints it as one line and exits with status 2."""
 
 
+@contextlib.contextmanager
+def exact(x):
+    """float32 throughout, without autocast and TF32, which would move a score."""
+    with torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 # ---- Inception-v3, as converted from TensorFlow's 2015 graph ----
 
 class Conv(nn.Module):
@@ -147,8 +154,8 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, *groups):
-        """Each group holds pictures of one size; all pass as one batch. Autocast and TF32 are off: they would move the score."""
-        with torch.autocast(groups[0].device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        """Each group holds pictures of one size; all pass as one batch."""
+        with exact(groups[0]):
             x = torch.cat([self.prepare(g) for g in groups]).contiguous(memory_format=self.layout)  # (B,3,299,299)
             for layer in self.order:
                 x = layer(x)                                                                        # (B,2048,8,8) at the end
@@ -229,9 +236,9 @@ def fid(real, fake, names=("REAL", "FAKE")):
     check_alike(real, fake)
     dims, few = len(real.mu), []
     for name, side in zip(names, (real, fake)):
-        n = side.n or int(np.linalg.matrix_rank(side.cov, hermitian=True)) + 1  # a file may not say: N pictures have rank N - 1
+        n = side.n if side.n is not None else int(np.linalg.matrix_rank(side.cov, hermitian=True)) + 1  # a file may not say: N pictures have rank N - 1
         if n <= dims:
-            few.append(f"N = {n}{'' if side.n else ' (by its rank)'} of {name}")
+            few.append(f"N = {n}{' (by its rank)' if side.n is None else ''} of {name}")
     if few:
         print(f"fid.py: warning: the score is biased upwards, {' and '.join(few)} being too few pictures for {dims} features; "
               f"from N = {dims + 1} on the covariance is no longer singular (papers use 50000)", file=sys.stderr)
@@ -307,11 +314,12 @@ class LPIPS(nn.Module):
         if min(a.shape[-2:]) < 16:
             raise UserError(f"LPIPS needs pictures of at least 16 x 16, not {a.shape[-2]} x {a.shape[-1]}")
         x, total, heads = (torch.cat([a, b]).float() - self.shift) / self.scale, 0.0, iter(self.heads)
-        for layer in self.vgg:
-            if isinstance(layer, nn.MaxPool2d):  # before each pooling
-                unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)     # (2B,C,h,w), a pixel's channels to length 1
-                total = total + next(heads)((unit[: len(a)] - unit[len(a):]).square()).mean((1, 2, 3))
-            x = x if layer is self.vgg[-1] else layer(x)
+        with exact(x):
+            for layer in self.vgg:
+                if isinstance(layer, nn.MaxPool2d):  # before each pooling; the fifth is not needed
+                    unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)     # (2B,C,h,w), a pixel's channels to length 1
+                    total = total + next(heads)((unit[: len(a)] - unit[len(a):]).square()).mean((1, 2, 3))
+                x = x if layer is self.vgg[-1] else layer(x)
         return total
 
 
@@ -374,10 +382,10 @@ def load_weights(module, path, what, ignore=()):
         except Exception as e:
             raise ValueError(type(e).__name__) from e  # torch's own text advises to trust the file
         have = {k: v for k, v in state.items() if not k.startswith(ignore) and not k.endswith("num_batches_tracked")}
-    want = {k: v.shape for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
-    good = {k for k, v in have.items() if k in want and isinstance(v, torch.Tensor) and v.shape == want[k]
+    want = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
+    good = {k for k, v in have.items() if k in want and isinstance(v, torch.Tensor) and v.shape == want[k].shape
             and v.is_floating_point() and v.layout == torch.strided and v.device.type == "cpu"}
-    lost, odd = ([f"{k} {list(getattr(d[k], 'shape', d[k]))}" for k in d if k not in good] for d in (want, have))
+    lost, odd = ([f"{k} {list(getattr(d[k], 'shape', ()))}" for k in d if k not in good] for d in (want, have))
     if lost or odd:
         first = [", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5) or "none" for names in (lost, odd)]
         raise UserError(f"{path} is not {what}: missing {first[0]}; unexpected {first[1]}")
@@ -439,7 +447,7 @@ def read_statistics(path):
         mu, cov = found["mu"].astype(np.float64), found["sigma"].astype(np.float64)
         if mu.ndim != 1 or cov.shape != (*mu.shape, *mu.shape) or not (np.isfinite(cov).all() and np.allclose(cov, cov.T)):
             raise ValueError(f"mu {mu.shape} and sigma {cov.shape} are not a mean (D,) and a finite symmetric covariance (D,D)")
-        facts = {"n": found["n"] and int(found["n"]), **{k: found[k] and str(found[k]) for k in ("resize", "inception")}}
+        facts = {k: kind(found[k]) if found[k] is not None else None for k, kind in (("n", int), ("resize", str), ("inception", str))}
     return types.SimpleNamespace(mu=mu, cov=cov, **facts)
 
 
@@ -454,14 +462,23 @@ def decode(file):
         return np.array(im.convert("RGB")) if deep is None else np.repeat((deep[..., None] + 128) // 257, 3, 2).astype(np.uint8)
 
 
+def _raise(error):
+    raise error
+
+
 def pictures(source):
     """A folder (any tree), .zip or .npz -> (names, sorted without suffix; read(name) -> uint8 (H,W,3)). UserError if it has none."""
     if not os.path.exists(source):
         raise UserError(f"{source} does not exist: give a folder of pictures, a .zip of one, or an .npz")
     with naming(f"cannot read {source}"):
         if os.path.isdir(source):
-            names = [pathlib.Path(root, f).relative_to(source).as_posix() for root, _, files in os.walk(source, followlinks=True)
-                     for f in files if os.path.isfile(os.path.join(root, f))]
+            names, seen = [], set()
+            for root, folders, files in os.walk(source, followlinks=True, onerror=_raise):
+                if (real := os.path.realpath(root)) in seen:  # a link in a circle
+                    folders.clear()
+                    continue
+                seen.add(real)
+                names += [pathlib.Path(root, f).relative_to(source).as_posix() for f in files if os.path.isfile(os.path.join(root, f))]
         else:
             archive = zipfile.ZipFile(source)
             names = archive.namelist()
@@ -534,7 +551,7 @@ def measure(source, net, batch=50, workers=8):
 
 def record(metric, value, n_real, n_fake, reference, preprocessing=None, weights=None):
     """Print a score's line and return the same as a dict for JSON; `weights` holds SHA-256s, `reference` is a path."""
-    made = {"metric": metric, "value": value if math.isfinite(value) else str(value), "n_real": n_real, "n_fake": n_fake,
+    made = {"metric": metric, "value": value if math.isfinite(value) else str(value), "n_real": n_real or "unknown", "n_fake": n_fake or "unknown",
             "preprocessing": preprocessing, "weights_sha256": weights, "reference": os.fspath(reference), "reference_sha256": sha256(reference),
             "versions": f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, pillow {PIL.__version__}"}
     print(f"{metric} {value:.6f}", *(f"{k} {v}" for k, v in list(made.items())[2:] if v is not None), sep="  ", flush=True)

@@ -59,9 +59,7 @@ class RepTok:
             t, config = content["tokenizer"]["config"], {name: content[name]["config"] for name in state}
             with torch.device("meta"):
                 vit = ViT(**t["vit"])
-            for p in vit.parameters():
-                p.data = torch.empty(p.shape)
-            tokenizer = tok.fit(Tokenizer(vit, t["token"], t["reg_index"], t["unfreeze"]), state["tokenizer"], path, "a tokenizer")
+            tokenizer = tok.fit(Tokenizer(vit.to_empty(device="cpu"), t["token"], t["reg_index"], t["unfreeze"]), state["tokenizer"], path, "a tokenizer")
             with torch.device("meta"):
                 decoder, vae = Decoder(**config["decoder"]), VAE(**config["vae"]) if config["vae"] else PixelSpace()
                 mixer = Mixer(**config["mixer"]) if "mixer" in state else None
@@ -175,8 +173,11 @@ def load_images(paths, pixels):
     for path in paths:
         if not Path(path).is_file():
             raise UserError(f"{path}: no such picture")
-        with open(path, "rb") as f:
-            images.append(torch.from_numpy(fid.decode(f, path)).permute(2, 0, 1)[None].float() / 127.5 - 1)
+        try:
+            x = fid.decode(path)
+        except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
+            raise UserError(f"{path}: not a readable picture ({e})") from None
+        images.append(torch.from_numpy(x).permute(2, 0, 1)[None].float() / 127.5 - 1)
     return images, torch.cat([tok.resize(x, pixels) for x in images])
 
 

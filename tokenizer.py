@@ -124,9 +124,9 @@ class ViT(nn.Module):
         """Position embedding of an h x w grid of patches, (1,h*w,D); resized on the CPU, once a size while it is frozen."""
         if h == w == self.grid:
             return self.pos_embed[:, 1:]
-        version, kept = self._resized.get((h, w), (None, None))
-        if version == (self.pos_embed._version, self.pos_embed.device) and not self.pos_embed.requires_grad:
-            return kept
+        version = (self.pos_embed.data_ptr(), self.pos_embed._version)
+        if not self.pos_embed.requires_grad and self._resized.get((h, w), (None,))[0] == version:
+            return self._resized[h, w][1]
         n = self.grid
         pos = self.pos_embed[:, 1:].float().cpu().view(1, n, n, -1).permute(0, 3, 1, 2)                        # (1,D,n,n)
         if self.position == "offset":  # DINOv2 hands interpolate the factor (h+.1)/n, which then maps the coordinates
@@ -134,7 +134,8 @@ class ViT(nn.Module):
         else:
             pos = F.interpolate(pos, size=(h, w), mode="bicubic", antialias=True)
         pos = pos.flatten(2).mT.to(self.pos_embed)                                                             # (1,h*w,D)
-        self._resized[h, w] = (self.pos_embed._version, self.pos_embed.device), pos.detach()
+        if not self.pos_embed.requires_grad:
+            self._resized[h, w] = version, pos
         return pos
 
     def forward(self, x, prefix=None):

@@ -148,6 +148,10 @@ def draw_digit(i, seed, size, fonts={}):
     return (ground + share * (ink - ground)).round().astype(np.uint8), digit
 
 
+class Unreadable(UserError):
+    """A picture that cannot be decoded; training skips a few of them."""
+
+
 class Pictures(torch.utils.data.Dataset):
     """An indexed set of pictures: the default digits, a folder, a .zip or .tar shards of one.
 
@@ -206,13 +210,16 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.names)
 
     def read(self, i):
-        """uint8 (3,pixels,pixels); raises what the picture's decoder raises."""
+        """uint8 (3,pixels,pixels). Raises Unreadable."""
         if i not in self.kept:
             if self.source is None:
                 image = draw_digit(i, self.seed, self.pixels)[0]
             else:
-                with self.open(i) as f:
-                    image = Image.fromarray(fid.decode(f, self.names[i]))
+                try:
+                    with self.open(i) as f:
+                        image = Image.fromarray(fid.decode(f))
+                except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
+                    raise Unreadable(f"{self.names[i]}: not a readable picture ({e})") from None
                 image = np.array(ImageOps.fit(image, (self.pixels, self.pixels), Image.Resampling.BICUBIC))
             x = torch.from_numpy(image).permute(2, 0, 1)
             if not self.small:
@@ -224,7 +231,7 @@ class Pictures(torch.utils.data.Dataset):
         for shift in range(len(self)):
             try:
                 return self.read((i + shift) % len(self)), self.labels[(i + shift) % len(self)], i, shift == 0
-            except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, Image.DecompressionBombError):
+            except Unreadable:
                 pass
         raise UserError(f"--data {self.source}: not one of its {len(self)} pictures can be read")
 

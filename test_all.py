@@ -1,0 +1,521 @@
+"""The tests:  python -m pytest -q test_all.py      Scores and timings:  python test_all.py --score CKPT | --bench [fid]
+
+Every test compares with something that is not this code: a closed form, another implementation, figures that the published
+implementations gave for weights and pictures that are functions of their names, or a property that must hold.
+"""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import decoder as dec
+import fid
+import mixer as mix
+import sample
+import tokenizer as tok
+import train_stage1 as one
+import train_stage2  # noqa: F401  (refusal() finds it by name)
+from sample import RepTok
+
+HERE = Path(__file__).parent
+TINY = dict(width=32, depth=2, heads=2, patch=4, mapping=16)
+
+
+# ---- Weights and pictures as functions of their names
+
+
+def draws(name):
+    return np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF)
+
+
+def uniform(name, shape):
+    """float32, mean 0, variance 1."""
+    return torch.from_numpy(((draws(name).random_sample(tuple(shape)) * 2 - 1) * 3**0.5).astype(np.float32))
+
+
+def seeded(name, shape, gain=1.0, salt=""):
+    """The weight stored under an official tensor name."""
+    u = uniform(salt + name, shape)
+    if name.endswith("freqs"):
+        f = torch.linspace(math.log(math.pi), math.log(10 * math.pi), 145)[:-1].exp()
+        return torch.stack([f, f]).view(2, 9, 16).mT.contiguous()
+    if name.endswith("running_var"):
+        return torch.from_numpy((draws(salt + name).random_sample(shape) + 0.5).astype(np.float32))
+    if name.endswith("running_mean"):
+        return 0.1 * u
+    if name.endswith(("logit_scale", "num_batches_tracked")):
+        return torch.tensor(3.0)
+    if name.endswith(".gamma"):
+        return 0.5 + 0.2 * u
+    if name.endswith("self_attn.scale"):
+        return 10 + 2 * u
+    if name.endswith(".scale"):
+        return 1 + 0.2 * u
+    if re.search(r"(pos_embed|positional_embedding|cls_token|class_embedding|register_tokens|mask_token|new_reg|token_embedding\.weight)$", name):
+        return 0.5 * u
+    if re.search(r"^lin\d\.model", name):
+        return u.abs() * 0.1
+    if re.search(r"(visual\.proj|text_projection)$", name):
+        return u * shape[0] ** -0.5
+    if len(shape) >= 2:
+        return gain * u * math.prod(shape[1:]) ** -0.5
+    return 1 + 0.2 * u if name.endswith("weight") else 0.1 * u
+
+
+def picture(name, batch, height, width):
+    """Smooth waves plus noise, uint8 (batch,3,height,width)."""
+    r, (yy, xx) = draws(name), np.mgrid[:height, :width]
+    out = np.zeros((batch, 3, height, width))
+    for i in range(batch):
+        for c in range(3):
+            fy, fx, p, q = r.random_sample(4)
+            out[i, c] = 127 + 60 * np.sin(yy * (fy + 0.2) / 9 + 6 * p) + 50 * np.cos(xx * (fx + 0.2) / 13 + 6 * q)
+    return np.clip(out + r.random_sample(out.shape) * 40 - 20, 0, 255).astype(np.uint8)
+
+
+def signed(u8):
+    return torch.from_numpy(u8).float() / 127.5 - 1
+
+
+def command(script, *args, ok=True, **env):
+    """Run a script of the project as a process; its output. Fails unless the exit status is 0 (or 2 with one line on stderr)."""
+    done = subprocess.run([sys.executable, str(HERE / script), *map(str, args)], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "2", **env})
+    if ok:
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, (done.returncode, done.stderr)
+    return lines[0]
+
+
+# ---- Flow and sampler
+
+
+def test_euler_follows_an_analytic_flow():
+    """dx/dt = -x has x(1) = x(0) (1 - 1/n)^n under n Euler steps, and e^-1 x(0) in the limit; t runs 0, 1/n, ..."""
+    times = []
+    x = dec.euler(lambda x, t: times.append(t.item()) or -x, torch.ones(3), 10)
+    assert torch.allclose(x, torch.full((3,), 0.9**10)) and np.allclose(times, np.arange(10) / 10)
+    assert abs(dec.euler(lambda x, t: -x, torch.ones(1), 4000).item() - math.exp(-1)) < 1e-4
+
+
+def test_flow_loss_is_zero_at_the_true_velocity_and_known_elsewhere():
+    x1, noise, t = torch.randn(5, 2, 3), torch.randn(5, 2, 3), torch.rand(5)
+    assert dec.flow_loss(lambda x_t, s: x1 - noise, x1, t, noise).abs().max() == 0
+    loss = dec.flow_loss(lambda x_t, s: x_t, x1, t, noise)  # velocity = x_t: residual (1-t) n + t x - x + n
+    s = t[:, None, None]
+    assert torch.allclose(loss, ((2 - s) * noise - (1 - s) * x1).square().mean((1, 2)), atol=1e-6)
+    assert dec.flow_loss(lambda x_t, s: x_t, x1, torch.ones(5), torch.zeros_like(x1)).abs().max() < 1e-12  # t=1 is data
+
+
+def test_gaussian_flow_has_the_right_end():
+    """Noise N(0,1), data N(m, s^2): the marginal velocity is known, and its ODE carries noise n to m + s n."""
+    m, s = 1.5, 0.3
+    def velocity(x, t):
+        variance = (1 - t) ** 2 + (t * s) ** 2
+        return m + (t * s**2 - (1 - t)) / variance * (x - t * m)
+    n = torch.linspace(-2, 2, 9)
+    assert torch.allclose(dec.euler(velocity, n, 2000), m + s * n, atol=5e-3)
+
+
+# ---- Decoder
+
+
+def test_decoder_starts_as_zero_and_every_block_as_the_identity():
+    d = dec.Decoder(3, 16, token_dim=24, **TINY)
+    x, c = torch.randn(2, 17, 32), torch.randn(2, 16)
+    for block in d.blocks:
+        assert torch.equal(block(x, c, d.rotary(4)), x)
+    assert d(torch.randn(2, 3, 16, 16), torch.rand(2), torch.randn(2, 1, 24)).abs().max() == 0
+    z = torch.randn(2, 1, 24)
+    assert torch.equal(d.project(z), F.pad(z, (0, 8)))  # a token enters as itself
+
+
+def busy(module):
+    """Random weights everywhere, zero starts included; the scales, which are positive, stay."""
+    for name, p in module.named_parameters():
+        if not name.endswith("scale"):
+            nn.init.normal_(p, std=0.2)
+    return module
+
+
+def test_decoder_attention_against_float64_formulas():
+    """Cosine attention with axial RoPE, written out with loops and complex numbers."""
+    torch.manual_seed(0)
+    d = busy(dec.Decoder(3, 8, token_dim=24, **TINY)).double()
+    attn, x = d.blocks[0].attn, torch.randn(1, 5, 32).double()
+    attn.scale.data = torch.tensor([4.0, 9.0]).double()
+    q, k, v = attn.qkv_proj(x)[0].view(5, 3, 2, 16).unbind(1)
+    centres = [(0.0, 0.0), (-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)]  # the token, then rows first
+    freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), 5)[:-1].exp().double()
+    out = torch.zeros(5, 2, 16).double()
+    for h, s in ((0, 4.0), (1, 9.0)):
+        def turned(u, n):
+            u = u[n, h] * s**0.5 / (u[n, h].square().sum() + 1e-6).sqrt()
+            theta = torch.cat([centres[n][0] * freqs[[h, 2 + h]], centres[n][1] * freqs[[h, 2 + h]]])
+            pair = torch.complex(u[:4], u[4:8]) * torch.polar(torch.ones(4).double(), theta)
+            return torch.cat([pair.real, pair.imag, u[8:]])
+        for n in range(5):
+            weight = torch.stack([turned(q, n) @ turned(k, j) for j in range(5)]).softmax(0)
+            out[n, h] = sum(weight[j] * v[j, h] for j in range(5))
+    assert torch.allclose(attn(x, d.rotary(2)), attn.out_proj(out.view(1, 5, 32)), atol=1e-5)
+
+
+def test_decoder_batch_invariance_time_and_rectangles():
+    d = busy(dec.Decoder(3, 16, token_dim=24, **TINY))
+    x, z = torch.randn(4, 3, 16, 16), torch.randn(4, 1, 24)
+    whole = d(x, torch.full((1,), 0.3), z)
+    assert torch.allclose(whole, torch.cat([d(x[i:i + 1], torch.full((1,), 0.3), z[i:i + 1]) for i in range(4)]), atol=1e-5)
+    assert torch.allclose(d.condition(torch.tensor([0.3])), d.mapping(torch.tensor([0.7])))  # fed 1 - t
+    assert (whole - d(x, torch.full((1,), 0.31), z)).abs().max() > 1e-4
+    with pytest.raises(dec.UserError, match="patches"):
+        dec.Decoder(size=30, patch=4)
+
+
+def test_multi_token_decoder_tells_tokens_apart():
+    d = busy(dec.Decoder(3, 16, token_dim=24, K=3, **TINY))
+    x, z = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 24)
+    assert (d(x, torch.rand(2) * 0 + 0.5, z) - d(x, torch.rand(2) * 0 + 0.5, z.flip(1))).abs().max() > 1e-4
+
+
+# ---- Tokenizer
+
+
+def tiny_vit(**more):
+    torch.manual_seed(1)
+    return tok.ViT(width=32, depth=2, heads=2, registers=2, **more)
+
+
+@pytest.mark.parametrize("token, K", [("cls", 1), ("reg", 1), ("all", 3)])
+def test_only_the_read_tokens_are_trained(token, K):
+    t = tok.Tokenizer(tiny_vit(), token, reg_index=1)
+    x = torch.rand(3, 3, 20, 17) * 2 - 1
+    z = t(x)
+    assert z.shape == (3, K, 32) and torch.equal(z, t.prior(x))  # before training z = z0
+    (z.square().sum() + tok.cosine_loss(z, torch.randn_like(z)).sum()).backward()
+    assert [n for n, p in t.named_parameters() if p.grad is not None] == ["embedding"] and t.embedding.grad.abs().min() > 0
+    t.embedding.data += 1
+    assert not torch.allclose(t(x), t.prior(x)) and torch.equal(t.prior(x), z.detach())  # the prior stays
+    position = {"cls": [0], "reg": [2], "all": [0, 1, 2]}[token]
+    assert torch.equal(z, t.vit(t.pixels(x))[:, position])
+
+
+def test_unfreezing_all_keeps_the_original_for_the_prior():
+    t = tok.Tokenizer(tiny_vit(), unfreeze="all")
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    z0 = t.prior(x)
+    t(x).square().sum().backward()
+    assert {n for n, p in t.named_parameters() if p.grad is None and p.requires_grad} == set()
+    for p in t.parameters():
+        p.data += 0.1 * p.requires_grad
+    assert torch.equal(t.prior(x), z0) and not torch.allclose(t(x), z0)
+    assert not any(p.requires_grad for p in tok.Tokenizer(tiny_vit(), unfreeze="none").parameters())
+    with pytest.raises(tok.UserError, match="register"):
+        tok.Tokenizer(tok.ViT(), "reg")
+
+
+def test_cosine_loss_closed_form():
+    a = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[2.0, 0.0]]])
+    b = torch.tensor([[[0.0, 5.0]], [[-3.0, 0.0]], [[1.0, 1.0]]])
+    assert torch.allclose(tok.cosine_loss(a, b), torch.tensor([1.0, 2.0, 1 - 0.5**0.5]))
+
+
+def test_vit_block_against_torch():
+    """The pre-norm block is torch.nn's own encoder layer when LayerScale is 1."""
+    b = tok.Block(32, 4, 64, 1e-6, layer_scale=True)
+    ref = nn.TransformerEncoderLayer(32, 4, 64, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True)
+    names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj": "attn.proj", "linear1": "mlp.fc1", "linear2": "mlp.fc2"}
+    for name, p in ref.named_parameters():
+        for a, c in names.items():
+            name = name.replace(a, c)
+        p.data = seeded(name, p.shape)
+        b.get_parameter(name).data = p.data
+    x = torch.randn(2, 7, 32)
+    assert torch.allclose(b(x), ref(x), atol=1e-5)
+
+
+def test_resize_crops_pools_and_keeps_constants():
+    x = torch.zeros(1, 3, 40, 70)
+    x[..., 15:55] = 1  # the centre square alone
+    assert torch.equal(tok.resize(x, 16), torch.ones(1, 3, 16, 16))
+    y = torch.rand(1, 3, 32, 32)
+    assert torch.allclose(tok.resize(y, 16), F.avg_pool2d(y, 2)) and torch.equal(tok.resize(y, 32), y)
+
+
+def test_position_embedding_is_resized_once_and_not_when_it_changes():
+    vit = tiny_vit().requires_grad_(False)
+    first = vit.patch_positions(3, 5)
+    assert vit.patch_positions(3, 5) is first and vit.patch_positions(4, 4).shape == (1, 16, 32)
+    vit.pos_embed.data.copy_(torch.randn_like(vit.pos_embed))
+    vit.pos_embed.add_(1)
+    assert not torch.allclose(vit.patch_positions(3, 5), first)
+
+
+def test_contrastive_loss_closed_form():
+    """All embeddings equal: log(2B-1). Partners equal and others orthogonal: the softmax is known."""
+    assert torch.allclose(tok.contrastive_loss(torch.ones(4, 3), torch.ones(4, 3)), torch.tensor(7.0).log())
+    e = torch.eye(4)
+    assert torch.allclose(tok.contrastive_loss(e, e, 0.5), (math.e**2 + 6 * torch.tensor(1.0)).log() - 2, atol=1e-5)
+
+
+# ---- Mixer
+
+
+def test_mixer_layers_start_as_the_identity_and_widths_are_not_swapped():
+    m = mix.Mixer(K=2, D=8, hidden=16, depth=2, classes=5, token_hidden=7, channel_hidden=11)
+    x = torch.randn(3, 4, 16)
+    assert all(torch.equal(layer(x), x) for layer in m.layers)
+    assert m.layers[0].tokens.up.weight.shape == (7, 4) and m.layers[0].channels.up.weight.shape == (11, 16)
+    paper = {e: sum(p.numel() for p in torch.nn.Module.parameters(meta_mixer(e))) / 1e6 for e in (3, 4)}
+    assert abs(paper[3] - 279) < 1 and 365 < paper[4] < 373  # the table's 276M without embeddings; the text's x4
+
+
+def meta_mixer(expansion):
+    with torch.device("meta"):
+        return mix.Mixer(channel_hidden=expansion * 1280)
+
+
+def test_mixer_layer_against_convolutions():
+    """The token MLP is two kernel-1 convolutions over the token axis, as the authors store it."""
+    m = busy(mix.Layer(4, 16, 7, 11))
+    x = torch.randn(2, 4, 16)
+    y = F.layer_norm(x, (16,), m.norm1.weight, m.norm1.bias)
+    y = F.conv1d(F.gelu(F.conv1d(y, m.tokens.up.weight[..., None], m.tokens.up.bias)), m.tokens.down.weight[..., None], m.tokens.down.bias)
+    x1 = x + y
+    want = x1 + m.channels.down(F.gelu(m.channels.up(F.layer_norm(x1, (16,), m.norm2.weight, m.norm2.bias))))
+    assert torch.allclose(m(x), want, atol=1e-5)
+
+
+def test_guidance():
+    m = busy(mix.Mixer(K=1, D=8, hidden=16, depth=2, classes=5))
+    z, c = torch.randn(3, 1, 8), torch.tensor([0, 1, 4])
+    t = lambda s: torch.tensor([s])
+    plain, null = m(z, t(0.5), c), m(z, t(0.5), torch.full((3,), 5))
+    assert torch.allclose(mix.guided(m, c, 2.0, (0.3, 0.9))(z, t(0.5)), null + 2 * (plain - null), atol=1e-5)
+    assert torch.equal(mix.guided(m, c, 1.0)(z, t(0.5)), plain)
+    assert torch.equal(mix.guided(m, c, 2.0, (0.3, 0.9))(z, t(0.2)), m(z, t(0.2), c))  # outside the interval
+
+
+# ---- Trainers and sampler as processes
+
+QUICK1 = ["--prior-steps", 2, "--steps", 6, "--batch", 8, "--log-every", 1, "--save-every", 3, "--device", "cpu"]
+QUICK2 = ["--steps", 6, "--batch", 8, "--log-every", 1, "--save-every", 3, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Both stages, a few steps, on forty written-out digits."""
+    root = tmp_path_factory.mktemp("trained")
+    command("train_stage1.py", "--write-data", root / "data", "--num", 40)
+    command("train_stage1.py", "--data", root / "data", "--out", root / "out", *QUICK1)
+    command("train_stage2.py", "--data", root / "data", "--out", root / "out", *QUICK2)
+    return root
+
+
+def losses(path):
+    return {row["step"]: row["loss"] for row in map(json.loads, Path(path).read_text().splitlines())}
+
+
+def test_what_the_trainers_leave(trained):
+    out = trained / "out"
+    for stage in ("stage1", "stage2"):
+        assert sorted(losses(out / f"{stage}.jsonl")) == [1, 2, 3, 4, 5, 6]
+        assert (out / f"{stage}.pt").exists() and (out / f"{stage}.prev.pt").exists()
+        assert Image.open(out / f"{stage}.png").size[0] >= 8 * 16
+    model = RepTok.load(out / "stage2.pt")
+    assert model.classes == [str(d) for d in range(10)]
+    x = torch.rand(5, 3, 40, 30) * 2 - 1
+    z = model.encode(x)
+    assert z.shape == (5, 1, 128) and model.decode(z, steps=2).shape == (5, 3, 16, 16)
+    assert torch.allclose(model.generate(torch.arange(5), steps=2), torch.cat([model.generate(torch.arange(5), steps=2, batch=2)]), atol=1e-5)
+    tokens = one.Pictures(str(trained / "data"), 16)
+    z = model.encode(torch.stack([tokens[i][0] for i in range(40)]).float() / 127.5 - 1)
+    normal = (z - model.mean) / model.std
+    assert normal.mean((0, 1)).abs().max() < 0.1 and (normal.std((0, 1)) - 1).abs().max() < 0.1
+
+
+def test_samples_do_not_depend_on_the_batch(trained):
+    model = RepTok.load(trained / "out" / "stage2.pt")
+    classes = torch.arange(10)
+    z = model.generate(classes, steps=3, cfg=1.5)
+    assert torch.allclose(z[:3], model.generate(classes[:3], steps=3, cfg=1.5), atol=1e-5)
+    assert torch.allclose(model.decode(z, steps=3)[:3], model.decode(z[:3], steps=3), atol=1e-5)
+
+
+def test_sample_commands(trained, tmp_path):
+    ckpt, some = trained / "out" / "stage2.pt", sorted((trained / "data").rglob("*.png"))[:2]
+    command("sample.py", "--ckpt", ckpt, "--classes", "3", "7", "--per-class", 4, "--steps", 2, "--out", tmp_path / "s.png")
+    assert Image.open(tmp_path / "s.png").size == (4 * 64, 2 * 64)
+    command("sample.py", "--ckpt", trained / "out" / "stage1.pt", "--reconstruct", *some, "--steps", 2, "--out", tmp_path / "r.png")
+    assert Image.open(tmp_path / "r.png").size == (2 * 64, 2 * 64)
+    command("sample.py", "--ckpt", ckpt, "--interpolate", *some, "--steps", 2, "--out", tmp_path / "i.png")
+    command("sample.py", "--ckpt", ckpt, "--export", tmp_path / "small.pt")
+    a, b = RepTok.load(ckpt), RepTok.load(tmp_path / "small.pt")
+    c = torch.arange(3)
+    assert torch.equal(a.generate(c, steps=2), b.generate(c, steps=2)) and (tmp_path / "small.pt").stat().st_size < ckpt.stat().st_size / 2
+    with pytest.raises(tok.UserError, match="stage 1"):
+        RepTok.load(trained / "out" / "stage1.pt").generate(c)
+
+
+def test_loading_uses_the_averaged_weights(trained):
+    content = one.load_checkpoint(trained / "out" / "stage1.pt", ["stage1"])
+    model = RepTok.load(trained / "out" / "stage1.pt")
+    assert torch.equal(model.tokenizer.embedding, content["ema"]["tokenizer.embedding"])
+    assert not torch.equal(content["tokenizer"]["state"]["embedding"], content["ema"]["tokenizer.embedding"])
+    assert set(content["ema"]) == {"tokenizer.embedding", *(f"decoder.{n}" for n, _ in model.decoder.named_parameters())}
+
+
+def test_continuing_extending_and_refusing(trained, tmp_path):
+    out, data = tmp_path / "out", ["--data", trained / "data"]
+    out.mkdir()
+    (out / "prior.pt").write_bytes((trained / "out" / "prior.pt").read_bytes())
+    command("train_stage1.py", "--out", out, *data, *QUICK1)
+    assert "finished" in command("train_stage1.py", "--out", out, *data, *QUICK1)
+    before = (out / "stage1.pt").read_bytes()
+    assert "--batch" in command("train_stage1.py", "--out", out, *data, *QUICK1, "--batch", 4, ok=False)
+    assert "--lam" in command("train_stage1.py", "--out", out, *data, *QUICK1, "--lam", 0.5, ok=False)
+    assert "--data" in command("train_stage1.py", "--out", out, *QUICK1, ok=False)
+    assert (out / "stage1.pt").read_bytes() == before
+    command("train_stage1.py", "--out", out, *data, *QUICK1, "--steps", 8)
+    assert sorted(losses(out / "stage1.jsonl")) == list(range(1, 9))
+
+
+def refusal(script, args, monkeypatch, capsys):
+    """The one line with which a script, run in this process, refuses its arguments with status 2."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        one.run(sys.modules[script[:-3]].main)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: error: "), lines
+    return lines[0]
+
+
+def test_bad_input(trained, tmp_path, monkeypatch, capsys):
+    out, ckpt, prior = ["--out", tmp_path / "new"], trained / "out" / "stage2.pt", trained / "out" / "prior.pt"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "half.pt").write_bytes(ckpt.read_bytes()[:5000])
+    data = ["--data", trained / "data"]
+    for script, args, says in [
+            ("train_stage1.py", ["--data", tmp_path / "empty"], "no pictures"), ("train_stage1.py", ["--data", tmp_path / "gone"], "no such"),
+            ("train_stage1.py", ["--data", tmp_path / "text.png"], "text.png"), ("train_stage1.py", ["--step", 5], "--step"),
+            ("train_stage1.py", ["--batch", 0], "--batch"), ("train_stage1.py", ["--size", "S", *data], "--vae"),
+            ("train_stage1.py", ["--pixels", 18, *data], "patches"), ("train_stage1.py", ["--encoder", tmp_path / "text.png", *data], "text.png"),
+            ("train_stage1.py", ["--token", "reg", "--encoder", prior, *data], "--token reg"), ("train_stage1.py", ["--batch", 9, "--accumulate", 2], "--batch"),
+            ("train_stage2.py", [], "stage1.pt"), ("train_stage2.py", ["--stage1", prior], "prior"),
+            ("train_stage2.py", ["--stage1", tmp_path / "half.pt"], "half.pt"), ("sample.py", [], "--ckpt"),
+            ("sample.py", ["--ckpt", ckpt, "--classes", "eleven"], "eleven"), ("sample.py", ["--ckpt", ckpt, "--classes", "10"], "10"),
+            ("sample.py", ["--ckpt", trained / "out" / "stage1.pt"], "stage 1"), ("sample.py", ["--ckpt", prior], "prior"),
+            ("sample.py", ["--ckpt", ckpt, "--reconstruct", tmp_path / "text.png"], "text.png"),
+            ("sample.py", ["--ckpt", ckpt, "--out", tmp_path / "gone" / "a.png"], "--out")]:
+        assert says in refusal(script, [*args, *([] if script == "sample.py" else out)], monkeypatch, capsys)
+    assert not list(tmp_path.glob("new/*.pt"))
+    assert "--ckpt" in command("sample.py", ok=False)  # and as a process
+
+
+def test_two_ranks_equal_one_process(trained, tmp_path):
+    """torchrun with two gloo processes, and one process with accumulation, see the same losses for ten steps."""
+    data = ["--data", trained / "data", "--steps", 10, "--batch", 8, "--log-every", 1, "--device", "cpu"]
+    runs = {"one": (1, []), "two": (2, []), "pieces": (1, ["--accumulate", 2])}
+    for name, (world, more) in runs.items():
+        out = tmp_path / name
+        out.mkdir()
+        for file in ("prior.pt", "stage1.pt"):
+            (out / file).write_bytes((trained / "out" / file).read_bytes())
+        for script, args in (("train_stage1.py", ["--prior-steps", 2, "--fresh", "--encoder", out / "prior.pt"]), ("train_stage2.py", [])):
+            launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"] if world == 2 else []
+            done = subprocess.run([sys.executable, *launch, str(HERE / script), "--out", out, *map(str, [*data, *more, *args])], capture_output=True,
+                                  text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            assert done.returncode == 0, done.stderr
+    for stage in ("stage1", "stage2"):
+        want = losses(tmp_path / "one" / f"{stage}.jsonl")
+        assert len(want) == 10 and want[10] != want[1]
+        for name in ("two", "pieces"):
+            got = losses(tmp_path / name / f"{stage}.jsonl")
+            assert max(abs(got[s] - want[s]) for s in want) < 1e-5, (stage, name)
+
+
+# ---- Scores of a checkpoint of the default data:  python test_all.py --score out/stage2.pt
+
+
+def digits(count, seed, start=0):
+    """(uint8 (N,3,16,16), labels) of the default data."""
+    drawn = [one.draw_digit(i, seed, 16) for i in range(start, start + count)]
+    return torch.from_numpy(np.stack([x for x, _ in drawn])).permute(0, 3, 1, 2), torch.tensor([d for _, d in drawn])
+
+
+class Reader(nn.Module):
+    """A small convolutional reader of 16x16 digits; `features` (B,128) feed the Frechet distance."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        conv = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU())
+        self.body = nn.Sequential(conv(3, 32), conv(32, 32), nn.MaxPool2d(2), conv(32, 64), conv(64, 64), nn.MaxPool2d(2), nn.Flatten(),
+                                  nn.Linear(1024, 128), nn.ReLU())
+        self.head = nn.Linear(128, classes)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    @torch.no_grad()
+    def read(self, x):
+        """Images in [-1,1] -> (classes (B,), features (B,128))."""
+        features = torch.cat([self.body(part) for part in x.split(500)])
+        return self.head(features).argmax(1), features
+
+
+def train_reader(x, y, steps=1200, batch=64):
+    """A reader trained on uint8 pictures (N,3,16,16) and labels, in eval mode; it has never seen a model's picture."""
+    torch.manual_seed(0)
+    reader = Reader(int(y.max()) + 1)
+    optimizer = torch.optim.AdamW(reader.parameters(), 2e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    for step in range(steps):
+        i = torch.randint(len(x), (batch,))
+        loss = F.cross_entropy(reader(x[i].float() / 127.5 - 1), y[i])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return reader.eval()
+
+
+def score(path, train=None, held=None):
+    """Print what a checkpoint does: PSNR of held-out pictures at 20 steps, what a reader reads, Frechet distance in its features."""
+    model = RepTok.load(path)
+    (x, y), (real, labels) = train or digits(5500, 1), held or digits(1000, 2)
+    reader, real = train_reader(x, y), real.float() / 127.5 - 1
+    accuracy = lambda images, wanted: f"{100 * (reader.read(images)[0] == wanted).float().mean().item():.1f} %"
+    recon = model.decode(model.encode(real), steps=20)
+    psnr = fid.psnr(fid.to_uint8(real), fid.to_uint8(recon)).mean().item()
+    print(f"reader on real held-out pictures  {accuracy(real, labels)}")
+    print(f"reader on reconstructions         {accuracy(recon, labels)}")
+    print(f"PSNR of reconstructions, 20 steps {psnr:.2f} dB ({len(real)} pictures, mean of each one's own)")
+    if model.mixer is not None and model.mixer.classes:
+        classes = torch.arange(model.mixer.classes).repeat_interleave(32)
+        images = model.decode(model.generate(classes, 50, 1.5, (0.3, 0.9)), 50)
+        print(f"reader on generated pictures      {accuracy(images, classes)} ({len(classes)} pictures, guidance 1.5 in [.3, .9])")
+        sides = [fid.Statistics(128) for _ in range(3)]
+        for side, pictures in zip(sides, (real, recon, images)):
+            side.update(reader.read(pictures)[1])
+        for name, side in (("reconstructed", sides[1]), ("generated", sides[2])):
+            print(f"Frechet distance, {name:15s} {fid.frechet_distance(sides[0].mu, sides[0].cov, side.mu, side.cov):.2f} (reader's 128 features)")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--score"] and len(sys.argv) == 3:
+        score(sys.argv[2])
+    else:
+        sys.exit("usage: python test_all.py --score CKPT    (the tests: python -m pytest -q test_all.py)")
