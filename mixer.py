@@ -56,16 +56,36 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], -1))
 
 
+class CrossAttention(nn.Module):
+    """From the Mixer's tokens to text features, keys masked by length; its output starts at zero. (B,S,hidden) -> the same."""
+
+    def __init__(self, hidden, text_width):
+        super().__init__()
+        self.heads = max(1, hidden // 64)
+        self.norm, self.q, self.kv = nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.Linear(text_width, 2 * hidden)
+        self.out = nn.Linear(hidden, hidden)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x, text, mask):
+        split = lambda u: u.unflatten(-1, (self.heads, -1)).transpose(1, 2)                        # (B,heads,.,hidden/heads)
+        k, v = self.kv(text).chunk(2, -1)                                                          # each (B,L,hidden)
+        y = F.scaled_dot_product_attention(split(self.q(self.norm(x))), split(k), split(v), attn_mask=mask[:, None, None])
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
 class Mixer(nn.Module):
     """Velocity of the flow from noise to normalised tokens.
 
-    forward(z_t (B,K,D), t (B,) or (1,) in [0,1], classes (B,) long) -> v (B,K,D). The Mixer's S tokens are the K noisy ones,
-    the class where there are classes, and time. Class number `classes` is "no class": the unconditional half of guidance.
+    forward(z_t (B,K,D), t (B,) or (1,) in [0,1], classes (B,) long, text (B,L,C), mask (B,L) bool) -> v (B,K,D). The Mixer's S
+    tokens are the K noisy ones, the class where there are `classes`, four learned ones where there is text (Sec. 4.2; `text_width`
+    is C), and time. Class number `classes`, and a text whose mask is all False, mean "none": the unconditional half of guidance.
     """
 
-    def __init__(self, K=1, D=768, hidden=1280, depth=28, classes=1000, token_hidden=None, channel_hidden=None, time_scale=1000.0):
+    def __init__(self, K=1, D=768, hidden=1280, depth=28, classes=1000, token_hidden=None, channel_hidden=None, time_scale=1000.0,
+                 text_width=None):
         super().__init__()
-        S = K + bool(classes) + 1
+        S = K + bool(classes) + 4 * bool(text_width) + 1
         token_hidden, channel_hidden = token_hidden or 2 * S, channel_hidden or 4 * hidden
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "S")}
         self.K, self.D, self.classes = K, D, classes
@@ -75,29 +95,43 @@ class Mixer(nn.Module):
         self.proj_in = nn.Linear(D, hidden)
         self.layers = nn.ModuleList(Layer(S, hidden, token_hidden, channel_hidden) for _ in range(depth))
         self.norm, self.proj_out = nn.LayerNorm(hidden), nn.Linear(hidden, D)
+        self.cross = nn.ModuleList(CrossAttention(hidden, text_width) for _ in range(depth if text_width else 0))
+        if text_width:
+            self.queries, self.null_text = nn.Parameter(0.02 * torch.randn(1, 4, D)), nn.Parameter(0.02 * torch.randn(text_width))
+            self.text_norm = nn.LayerNorm(text_width, elementwise_affine=False)  # language models differ in scale
 
-    def forward(self, z_t, t, classes=None):
-        B = len(z_t)
-        rest = [self.time(t)[:, None].expand(B, -1, -1)]                                           # (B,1,D)
+    def forward(self, z_t, t, classes=None, text=None, mask=None):
+        B, rest = len(z_t), []
         if self.label is not None:
-            rest.insert(0, self.label(classes)[:, None])                                           # (B,1,D)
+            rest.append(self.label(classes)[:, None])                                              # (B,1,D)
+        if self.cross:
+            rest.append(self.queries.expand(B, -1, -1))                                            # (B,4,D)
+            none = ~mask.any(1, keepdim=True)                                                      # (B,1): no text, so one learned word
+            first = torch.arange(mask.shape[1], device=mask.device) == 0                           # (L,)
+            text = torch.where((none & first)[..., None], self.null_text, self.text_norm(text))    # (B,L,C)
+            mask = mask | none & first
+        rest.append(self.time(t)[:, None].expand(B, -1, -1))                                       # (B,1,D)
         x = self.proj_in(torch.cat([z_t + self.pos_embed, *rest], 1))                              # (B,S,hidden)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
+            if self.cross:
+                x = x + self.cross[i](x, text, mask)
             x = layer(x)
         return self.proj_out(self.norm(x[:, :self.K]))                                             # (B,K,D)
 
 
-def guided(mixer, classes, scale=1.5, interval=(0.3, 0.9)):
+def guided(mixer, classes=None, text=None, mask=None, scale=1.5, interval=(0.3, 0.9)):
     """Velocity under classifier-free guidance (Ho 2022): u + scale (c - u) while interval[0] <= t <= interval[1], else c.
 
-    classes (B,) long. Both halves run as one batch; outside the interval (Kynkaanniemi 2024) only the conditional half runs.
-    Returns velocity(z_t (B,K,D), t (1,)) -> v (B,K,D), for an ODE sampler.
+    classes (B,) long and text (B,L,C), mask (B,L) as Mixer takes them. Both halves run as one batch; outside the interval
+    (Kynkaanniemi 2024) only the conditional half runs. Returns velocity(z_t (B,K,D), t (1,)) -> v (B,K,D), for an ODE sampler.
     """
+    both = [None if u is None else torch.cat([u, null]) for u, null in (
+        (classes, None if classes is None else torch.full_like(classes, mixer.classes)), (text, text), (mask, None if mask is None else mask & False))]
+
     def velocity(z, t):
-        if scale == 1 or mixer.label is None or not interval[0] <= t.item() <= interval[1]:
-            return mixer(z, t, classes)
-        both = torch.cat([classes, torch.full_like(classes, mixer.classes)])
-        c, u = mixer(z.repeat(2, 1, 1), t, both).chunk(2)
+        if scale == 1 or classes is None and text is None or not interval[0] <= t.item() <= interval[1]:
+            return mixer(z, t, classes, text, mask)
+        c, u = mixer(z.repeat(2, 1, 1), t, *both).chunk(2)
         return u + scale * (c - u)
 
     return velocity

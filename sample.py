@@ -123,7 +123,8 @@ class RepTok:
         classes, tokens = classes.to(self.device), []
         noise = noise_for(range(len(classes)), (self.mixer.K, self.mixer.D), self.device) if noise is None else noise.to(self.device)
         for c, z in zip(classes.split(batch), noise.split(batch)):
-            tokens.append(euler(guided(self.mixer, c, cfg, cfg_interval), z, steps) * self.std + self.mean)
+            c = c if self.mixer.classes else None
+            tokens.append(euler(guided(self.mixer, c, scale=cfg, interval=cfg_interval), z, steps) * self.std + self.mean)
         return torch.cat(tokens)
 
 

@@ -303,9 +303,9 @@ def test_guidance():
     z, c = torch.randn(3, 1, 8), torch.tensor([0, 1, 4])
     t = lambda s: torch.tensor([s])
     plain, null = m(z, t(0.5), c), m(z, t(0.5), torch.full((3,), 5))
-    assert torch.allclose(mix.guided(m, c, 2.0, (0.3, 0.9))(z, t(0.5)), null + 2 * (plain - null), atol=1e-5)
-    assert torch.equal(mix.guided(m, c, 1.0)(z, t(0.5)), plain)
-    assert torch.equal(mix.guided(m, c, 2.0, (0.3, 0.9))(z, t(0.2)), m(z, t(0.2), c))  # outside the interval
+    assert torch.allclose(mix.guided(m, c, scale=2.0, interval=(0.3, 0.9))(z, t(0.5)), null + 2 * (plain - null), atol=1e-5)
+    assert torch.equal(mix.guided(m, c, scale=1.0)(z, t(0.5)), plain)
+    assert torch.equal(mix.guided(m, c, scale=2.0, interval=(0.3, 0.9))(z, t(0.2)), m(z, t(0.2), c))  # outside the interval
 
 
 # ---- Trainers and sampler as processes

@@ -386,6 +386,7 @@ def move(optimizer, parameters, clip):
     bad = (~norm.isfinite()).float()
     optimizer.grad_scale, optimizer.found_inf = None, bad.clone()  # what a GradScaler sets; fused AdamW then skips on the device
     optimizer.step()
+    optimizer.zero_grad()
     return norm, bad
 
 
