@@ -135,7 +135,8 @@ class Decoder(nn.Module):
     Sampling calls `project` once, `condition` once a step and `velocity`: forward is just the three.
     """
 
-    def __init__(self, channels=4, size=32, patch=2, width=1152, depth=28, heads=16, mapping=1024, token_dim=768, K=1):
+    def __init__(self, channels=4, size=32, patch=2, width=1152, depth=28, heads=16, mapping=1024, token_dim=768, K=1,
+                 learned_positions=False):
         super().__init__()
         if size % patch:
             raise UserError(f"latents of {size}x{size} cannot be cut into patches of {patch}x{patch}: choose a picture size that divides")
@@ -148,6 +149,8 @@ class Decoder(nn.Module):
         self.token_fc, self.token_ln = nn.Linear(token_dim, width), nn.LayerNorm(width)
         self.patch_in = nn.Linear(patch * patch * channels, width, bias=False)
         self.merge = nn.Linear(width, width, bias=False)
+        # rotary attention finds out where a patch is only slowly; nano, with its few steps, is told
+        self.patch_pos = nn.Parameter(0.5 * torch.randn(1, (size // patch) ** 2, width)) if learned_positions else None
         self.blocks = nn.ModuleList(Block(width, heads, mapping) for _ in range(depth))
         self.norm_out = RMSNorm(width)
         self.patch_out = nn.Linear(width, patch * patch * channels, bias=False)
@@ -187,7 +190,8 @@ class Decoder(nn.Module):
         """x_t (B,C,H,W), c (B or 1,mapping), projected tokens (B,K,width) -> v (B,C,H,W)."""
         (B, C, H, W), p = x_t.shape, self.patch
         x = x_t.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)  # (B,N,p*p*C)
-        x = self.merge(torch.cat([projected.to(projected), self.patch_in(x)], 1))                  # (B,K+N,width)
+        x = self.patch_in(x) if self.patch_pos is None else self.patch_in(x) + self.patch_pos      # (B,N,width)
+        x = self.merge(torch.cat([projected, x], 1))                                               # (B,K+N,width)
         rotary = self.rotary(H // p)
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():  # keeps each block's input only and runs the block twice

@@ -22,7 +22,7 @@ import fid
 import tokenizer as tok
 from decoder import Decoder, PixelSpace, VAE, euler, vae_from
 from mixer import Mixer, guided
-from tokenizer import Tokenizer, UserError, ViT
+from tokenizer import ClipText, TextTower, Tokenizer, UserError, ViT, WordEncoder
 from train_stage1 import Parser, Ranks, grid, load_checkpoint, noise_for, number, run, save_checkpoint, save_picture, whole
 
 
@@ -32,8 +32,8 @@ class RepTok:
     Tokens z are (B,K,D) in the encoder's own scale; the Mixer works on normalised ones, (z - mean) / std, mean and std (1,K,D).
     """
 
-    def __init__(self, tokenizer, decoder, vae, mixer=None, mean=None, std=None, classes=(), released=False):
-        self.tokenizer, self.decoder, self.vae, self.mixer = tokenizer, decoder, vae, mixer
+    def __init__(self, tokenizer, decoder, vae, mixer=None, mean=None, std=None, classes=(), released=False, text=None):
+        self.tokenizer, self.decoder, self.vae, self.mixer, self.text = tokenizer, decoder, vae, mixer, text
         self.mean, self.std, self.classes, self.released = mean, std, list(classes), released
         self.pixels, self.device = decoder.config["size"] * vae.factor, torch.device("cpu")
 
@@ -51,11 +51,10 @@ class RepTok:
     def from_checkpoint(cls, content, path):
         """Builds the networks that the checkpoint describes; the averaged weights replace the last ones."""
         try:
-            state = {name: dict(content[name]["state"]) for name in ("tokenizer", "decoder", "vae", "mixer") if name in content}
+            state = {name: dict(content[name]["state"]) for name in ("tokenizer", "decoder", "vae", "mixer", "text") if name in content}
             for name, average in content.get("ema", {}).items():
                 part, name = name.split(".", 1)
                 state[part][name] = average
-            state.get("mixer", {}).update(content.get("mixer_ema", {}))
             t, config = content["tokenizer"]["config"], {name: content[name]["config"] for name in state}
             with torch.device("meta"):
                 vit = ViT(**t["vit"])
@@ -66,8 +65,9 @@ class RepTok:
             tok.fit(decoder, state["decoder"], path, "a decoder"), tok.fit(vae, state["vae"], path, "a VAE")
             if mixer:
                 tok.fit(mixer, state["mixer"], path, "a Mixer")
+            text = text_from(content["text"], state["text"], path) if "text" in state else None
             latent = content.get("latent", {})
-            return cls(tokenizer, decoder, vae, mixer, latent.get("mean"), latent.get("std"), content["classes"], content.get("released", False))
+            return cls(tokenizer, decoder, vae, mixer, latent.get("mean"), latent.get("std"), content["classes"], content.get("released", False), text)
         except (UserError, dec.UserError):
             raise
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
@@ -76,7 +76,7 @@ class RepTok:
     def to(self, device):
         """Move every part; returns self."""
         self.device = torch.device(device)
-        for part in (self.tokenizer, self.decoder, self.vae, self.mixer):
+        for part in (self.tokenizer, self.decoder, self.vae, self.mixer, self.text):
             if part is not None:
                 part.to(self.device).eval().requires_grad_(False)
         if self.mean is not None:
@@ -90,6 +90,10 @@ class RepTok:
                    "tokenizer": part(self.tokenizer), "decoder": part(self.decoder), "vae": part(self.vae)}
         if self.mixer is not None:
             content.update(kind="stage2", mixer=part(self.mixer), latent={"mean": self.mean, "std": self.std})
+        if isinstance(self.text, ClipText):
+            content["text"] = {"config": {"vocabulary": torch.tensor(list(self.text.bpe.file), dtype=torch.uint8)}, "state": self.text.state_dict()}
+        elif self.text is not None:
+            content["text"] = part(self.text)
         return content
 
     @torch.no_grad()
@@ -112,20 +116,43 @@ class RepTok:
         return torch.cat(images)
 
     @torch.no_grad()
-    def generate(self, classes, steps=50, cfg=1.0, cfg_interval=(0, 1), noise=None, batch=1024):
-        """Classes (B,) long -> new tokens (B,K,D), by `steps` Euler steps of the Mixer's flow.
+    def prompts(self, strings):
+        """Strings -> (text (B,L,C), mask (B,L)) for `generate`. Raises UserError where the checkpoint cannot read text."""
+        if self.text is None:
+            raise UserError("this checkpoint has no text encoder" + (": it takes --features, an .npz of text features" if self.mixer is not None and
+                            self.mixer.cross else ": it was trained on classes or on none; train with train_stage2.py --captions"))
+        ids = self.text.ids(strings).to(self.device)
+        return self.text(ids), tok.text_mask(ids, isinstance(self.text, ClipText))
+
+    @torch.no_grad()
+    def generate(self, classes=None, steps=50, cfg=1.0, cfg_interval=(0, 1), noise=None, text=None, mask=None, batch=1024):
+        """Classes (B,) long, or text (B,L,C) with its mask (B,L) -> new tokens (B,K,D), by `steps` Euler steps of the Mixer's flow.
 
         cfg: guidance scale, used while cfg_interval[0] <= t <= cfg_interval[1]; 1 is none. noise (B,K,D) is normalised; by default
         picture i starts from seed i. Raises UserError on a checkpoint of stage 1.
         """
         if self.mixer is None:
             raise UserError("this checkpoint is of stage 1, which reconstructs but cannot generate: train stage 2 and give its stage2.pt")
-        classes, tokens = classes.to(self.device), []
-        noise = noise_for(range(len(classes)), (self.mixer.K, self.mixer.D), self.device) if noise is None else noise.to(self.device)
-        for c, z in zip(classes.split(batch), noise.split(batch)):
-            c = c if self.mixer.classes else None
-            tokens.append(euler(guided(self.mixer, c, scale=cfg, interval=cfg_interval), z, steps) * self.std + self.mean)
+        if bool(self.mixer.cross) != (text is not None):
+            raise UserError("this checkpoint takes " + ("text: give a prompt" if self.mixer.cross else "no text: give classes"))
+        conditions = [u if u is None else u.to(self.device) for u in (classes if self.mixer.classes else None, text, mask)]
+        count, tokens = len(text if classes is None else classes), []
+        noise = noise_for(range(count), (self.mixer.K, self.mixer.D), self.device) if noise is None else noise.to(self.device)
+        for i in range(0, count, batch):
+            velocity = guided(self.mixer, *(u if u is None else u[i:i + batch] for u in conditions), scale=cfg, interval=cfg_interval)
+            tokens.append(euler(velocity, noise[i:i + batch], steps) * self.std + self.mean)
         return torch.cat(tokens)
+
+
+def text_from(stored, state, path):
+    """The text encoder of a checkpoint. Raises UserError."""
+    if "vocabulary" not in stored["config"]:
+        return tok.fit(WordEncoder(**stored["config"]), state, path, "a text encoder")
+    shape = {k.removeprefix("tower."): v.shape for k, v in state.items()}
+    (vocabulary, width), context = shape["token_embedding.weight"], len(state["tower.positional_embedding"])
+    with torch.device("meta"):
+        tower = TextTower(vocabulary, context, width, len({k.split(".")[1] for k in shape if k.startswith("blocks.")}), shape["text_projection"][1])
+    return tok.fit(ClipText(tower, bytes(stored["config"]["vocabulary"].tolist())), state, path, "a text encoder")
 
 
 # ---- Command line
@@ -136,7 +163,10 @@ def options():
     p = Parser(__doc__)
     p.add("--ckpt", None, "checkpoint: stage1.pt, stage2.pt, an export, or the authors'", required=True)
     p.add("--classes", None, "names or numbers of classes; a row of pictures each (default: all, up to ten)", nargs="+")
-    p.add("--per-class", 8, "pictures a row", type=whole(1))
+    p.add("--prompt", None, "a prompt; a row of pictures each (may be given several times)", action="append")
+    p.add("--prompts", None, "file with a prompt a line")
+    p.add("--features", None, "text features (L,C) made beforehand instead of a prompt, .npz; a row each", nargs="+")
+    p.add("--per-class", 8, "pictures a row, of a class or prompt", type=whole(1))
     p.add("--reconstruct", None, "pictures to encode and decode", nargs="+")
     p.add("--interpolate", None, "two pictures; eight steps between their tokens", nargs=2)
     p.add("--steps", 50, "Euler steps of Mixer and decoder", type=whole(1))
@@ -166,6 +196,37 @@ def class_numbers(model, wanted):
             known = f"; by name: {', '.join(model.classes[:10])}" + (" ..." if len(model.classes) > 10 else "") if model.classes else ""
             raise UserError(f"--classes {name}: no such class; they are numbered 0 to {count - 1}{known}")
     return numbers
+
+
+def wanted(model, args):
+    """What the command line asks for, as arguments of `generate`: classes, or text and its mask. Raises UserError."""
+    prompts = list(args.prompt or [])
+    if args.prompts:
+        try:
+            prompts += [line for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, ValueError) as e:
+            raise UserError(f"--prompts {args.prompts}: cannot be read as text ({e})") from None
+    if args.features:
+        try:
+            rows = [torch.from_numpy(np.load(path, allow_pickle=False)["features"].astype(np.float32)) for path in args.features]
+        except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
+            raise UserError(f"--features: not an .npz with features (L,C) ({e})") from None
+        width = model.mixer.config["text_width"]
+        if any(row.ndim != 2 or row.shape[1] != width for row in rows):
+            raise UserError(f"--features: expected (L,{width}), as the checkpoint was trained with; got {[tuple(row.shape) for row in rows]}")
+        text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return {"text": text, "mask": torch.arange(text.shape[1]) < torch.tensor([[len(row)] for row in rows])}
+    if not prompts and not model.mixer.cross:
+        return {"classes": torch.tensor(class_numbers(model, args.classes))}
+    if not prompts or any(not prompt.strip() for prompt in prompts):
+        raise UserError("this checkpoint takes text: give --prompt with some words in it")
+    if args.classes:
+        raise UserError("--classes: this checkpoint was trained on captions; give --prompt")
+    for prompt in prompts:
+        if model.text is not None and model.text.cut(prompt):
+            print(f"--prompt {prompt[:60]!r}... is too long and was cut")
+    text, mask = model.prompts(prompts)
+    return {"text": text, "mask": mask}
 
 
 def load_images(paths, pixels):
@@ -203,9 +264,11 @@ def main():
     else:
         if model.mixer is None:
             raise UserError(f"--ckpt {args.ckpt}: a checkpoint of stage 1, which cannot generate; give a stage2.pt, or use --reconstruct")
-        numbers = class_numbers(model, args.classes)
-        classes = torch.tensor(numbers).repeat_interleave(args.per_class)
-        z = model.generate(classes, args.steps, args.cfg, args.cfg_interval, noise_for(seeds(len(classes)), (model.mixer.K, model.mixer.D), "cpu"))
+        conditions = wanted(model, args)  # classes (B,) or text (B,L,C) and mask (B,L), each once
+        conditions = {k: u.repeat_interleave(args.per_class, 0) for k, u in conditions.items()}
+        count = len(next(iter(conditions.values())))
+        z = model.generate(steps=args.steps, cfg=args.cfg, cfg_interval=args.cfg_interval,
+                           noise=noise_for(seeds(count), (model.mixer.K, model.mixer.D), "cpu"), **conditions)
         rows = model.decode(z, args.steps, noise(len(z))).split(args.per_class)
     save_picture(grid(rows), args.out)
     print(f"{args.out}: {len(rows)} x {len(rows[0])} pictures")

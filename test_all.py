@@ -450,10 +450,10 @@ def test_two_ranks_equal_one_process(trained, tmp_path):
 # ---- Scores of a checkpoint of the default data:  python test_all.py --score out/stage2.pt
 
 
-def digits(count, seed, start=0):
+def digits(count, seed):
     """(uint8 (N,3,16,16), labels) of the default data."""
-    drawn = [one.draw_digit(i, seed, 16) for i in range(start, start + count)]
-    return torch.from_numpy(np.stack([x for x, _ in drawn])).permute(0, 3, 1, 2), torch.tensor([d for _, d in drawn])
+    plans = [one.plan_digit(i, seed) for i in range(count)]
+    return torch.from_numpy(np.stack([one.draw_digit(p, 16) for p in plans])).permute(0, 3, 1, 2), torch.tensor([p.digit for p in plans])
 
 
 class Reader(nn.Module):

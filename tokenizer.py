@@ -10,6 +10,7 @@ The file stands alone: torch, numpy and the standard library. Letters: B batch, 
 import copy
 import gzip
 import html
+import io
 import itertools
 import json
 import math
@@ -45,10 +46,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, causal=False):
+    def forward(self, x, causal=False, mask=None):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B,heads,N,D/heads)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
@@ -84,8 +85,8 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(width, heads), MLP(width, hidden, quick_gelu)
         self.ls1, self.ls2 = (LayerScale(width), LayerScale(width)) if layer_scale else (nn.Identity(), nn.Identity())
 
-    def forward(self, x, causal=False):
-        x = x + self.ls1(self.attn(self.norm1(x), causal))
+    def forward(self, x, causal=False, mask=None):
+        x = x + self.ls1(self.attn(self.norm1(x), causal, mask))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -579,7 +580,9 @@ class BPE:
 
     def __init__(self, vocab_path):
         try:
-            with gzip.open(vocab_path) as f:
+            self.file = vocab_path if isinstance(vocab_path, bytes) else Path(vocab_path).read_bytes()  # a checkpoint keeps it
+            vocab_path = "the vocabulary in the checkpoint" if isinstance(vocab_path, bytes) else vocab_path
+            with gzip.open(io.BytesIO(self.file)) as f:
                 lines = f.read(1 << 24).decode().removesuffix("\n").split("\n")  # the real one has 3.2 MB; a bomb ends here
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
             raise UserError(f"{vocab_path} is not a whole gzip file of CLIP's byte-pair vocabulary ({e}); get bpe_simple_vocab_16e6.txt.gz again") from None
@@ -681,3 +684,69 @@ def load_text_encoder(path):
     with torch.device("meta"):
         tower = TextTower(vocabulary, context, width, depth, out)
     return fit(tower, tensors, path, "a CLIP text tower").requires_grad_(False).eval()
+
+
+class WordEncoder(nn.Module):
+    """A small text encoder over whole words, trained along with the Mixer where no language model can be had.
+
+    `ids`: captions -> (B,L) long, 0 where nothing stands, 1 for an unknown word; features: ids -> (B,L,C); a caption is cut at
+    `context` words.
+    """
+
+    def __init__(self, words, width=64, depth=2, context=24):
+        super().__init__()
+        self.config = {"words": list(words), "width": width, "depth": depth, "context": context}
+        self.number, self.context, self.width = {word: i + 2 for i, word in enumerate(words)}, context, width
+        self.embedding, self.position = nn.Embedding(len(words) + 2, width), nn.Parameter(0.5 * torch.randn(context, width))
+        self.blocks = nn.ModuleList(Block(width, heads_of(width), 4 * width, 1e-6) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+    @staticmethod
+    def split(caption):
+        """Words, numbers and marks of a caption, in small letters."""
+        return re.findall(r"\w+|[^\w\s]", caption.lower())
+
+    def cut(self, caption):
+        """Whether the caption is too long."""
+        return len(self.split(caption)) > self.context
+
+    def ids(self, captions):
+        rows = [[self.number.get(word, 1) for word in self.split(c)[:self.context]] for c in captions]
+        ids = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, :len(row)] = torch.tensor(row)
+        return ids
+
+    def forward(self, ids):
+        x, mask = self.embedding(ids) + self.position[:ids.shape[1]], (ids > 0)                    # (B,L,C)
+        for block in self.blocks:
+            x = block(x, mask=mask[:, None, None])
+        return self.norm(x)
+
+
+class ClipText(nn.Module):
+    """CLIP's tower and byte-pair tokenizer behind WordEncoder's interface; frozen."""
+
+    def __init__(self, tower, vocabulary):
+        super().__init__()
+        self.tower, self.bpe, self.width = tower, BPE(vocabulary), tower.positional_embedding.shape[1]
+        if self.bpe.size != tower.token_embedding.num_embeddings:
+            raise UserError(f"{vocabulary}: a vocabulary of {self.bpe.size}, and the text tower has {tower.token_embedding.num_embeddings}; "
+                            f"use bpe_simple_vocab_16e6.txt.gz")
+
+    def cut(self, caption):
+        """Whether the caption is too long."""
+        return len(self.bpe.encode(caption)) > self.bpe.context
+
+    def ids(self, captions):
+        ids = self.bpe(captions)
+        return ids[:, :1 + ids.argmax(1).max()]  # nothing after the last end token
+
+    @torch.no_grad()
+    def forward(self, ids):
+        return self.tower(ids)
+
+
+def text_mask(ids, clip):
+    """Where real words stand, (B,L) bool: up to the end token of CLIP, the non-zero ids of a WordEncoder."""
+    return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True) if clip else ids > 0

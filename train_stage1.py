@@ -12,13 +12,13 @@ import argparse
 import contextlib
 import datetime
 import hashlib
+import io
 import json
 import math
 import os
 import signal
 import sys
 import tarfile
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -38,14 +38,14 @@ from tokenizer import Tokenizer, UserError, ViT, cosine_loss
 
 # Sizes: the decoder's and the Mixer's; everything but nano works on 256 pixels, SD-VAE latents and a published encoder.
 SIZES = {
-    "nano": dict(pixels=16, decoder=dict(width=128, depth=4, heads=4, patch=4, mapping=128), mixer=dict(hidden=192, depth=6)),
+    "nano": dict(pixels=16, decoder=dict(width=128, depth=4, heads=4, patch=4, mapping=128, learned_positions=True), mixer=dict(hidden=192, depth=6)),
     "S": dict(pixels=256, decoder=dict(width=384, depth=12, heads=6), mixer=dict(hidden=384, depth=12)),
     "B": dict(pixels=256, decoder=dict(width=768, depth=12, heads=12), mixer=dict(hidden=768, depth=16)),
     "L": dict(pixels=256, decoder=dict(width=1024, depth=24, heads=16), mixer=dict(hidden=1024, depth=24)),
     "XL": dict(pixels=256, decoder=dict(width=1152, depth=28, heads=16), mixer=dict(hidden=1280, depth=28)),
 }
 PAPER = dict(steps=1_000_000, batch=512, lr=1e-4, warmup=2000, decay=False, ema=0.9999, t_mean=0.0)
-NANO = dict(steps=1600, batch=96, lr=2e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3)
+NANO = dict(steps=1400, batch=96, lr=3e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3)
 
 
 # ---- Shared by both trainers: options and errors
@@ -128,24 +128,37 @@ def common_options(parser, stage):
 # ---- Shared: pictures
 
 
-def draw_digit(i, seed, size, fonts={}):
-    """Picture i of the default data: (uint8 (size,size,3), digit), or the digit alone without a size; a function of (i, seed)."""
+COLOURS = {"black": (15, 15, 15), "white": (240, 240, 240), "grey": (128, 128, 128), "red": (200, 30, 30), "green": (40, 160, 40),
+           "dark blue": (25, 25, 130), "light blue": (120, 190, 245), "yellow": (240, 220, 40), "purple": (150, 40, 180), "orange": (240, 130, 20)}
+TEMPLATES = ["a {ink} {digit} on a {ground} ground", "the digit {digit} in {ink} on {ground}", "a {digit}, {ink}, on a {ground} background",
+             "on {ground}, a {ink} {digit}", "{ground} ground with a {ink} {digit}"]
+
+
+def plan_digit(i, seed, named=False):
+    """What picture i of the default data shows, a function of (i, seed) alone; `named` takes the colours from COLOURS."""
     rng = np.random.default_rng([seed, i])
-    digit = int(rng.integers(10))
-    if size is None:
-        return digit
-    big = 4 * size
-    points = round(big * rng.uniform(0.8, 1.0))
-    x, y = big / 2 + rng.uniform(-0.08, 0.08, 2) * big
+    plan = argparse.Namespace(digit=int(rng.integers(10)), height=rng.uniform(0.8, 1.0), shift=rng.uniform(-0.08, 0.08, 2),
+                              stroke=int(rng.integers(4)), turn=rng.uniform(-15, 15))
+    plan.ink = plan.ground = np.zeros(3)
+    while np.abs(plan.ink - plan.ground).sum() < 250:
+        plan.ink, plan.ground = rng.integers(256, size=(2, 3)).astype(float)
+        if named:
+            names = rng.choice(list(COLOURS), 2)
+            plan.ink, plan.ground = (np.clip(COLOURS[name] + rng.uniform(-15, 15, 3), 0, 255) for name in names)
+            plan.captions = [template.format(digit=plan.digit, ink=names[0], ground=names[1]) for template in TEMPLATES]
+    return plan
+
+
+def draw_digit(plan, size, fonts={}):
+    """A planned picture, uint8 (size,size,3)."""
+    big = 4 * size  # drawn large, then averaged down
+    points, (x, y) = round(big * plan.height), big / 2 + plan.shift * big
     font = fonts.get(points) or fonts.setdefault(points, ImageFont.load_default(points))
     mask = Image.new("L", (big, big))
-    ImageDraw.Draw(mask).text((x, y), str(digit), fill=255, font=font, anchor="mm", stroke_width=int(rng.integers(4)))
-    mask = mask.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BOX)
-    ink = ground = np.zeros(3)
-    while np.abs(ink - ground).sum() < 250:
-        ink, ground = rng.integers(256, size=(2, 3)).astype(float)
+    ImageDraw.Draw(mask).text((x, y), str(plan.digit), fill=255, font=font, anchor="mm", stroke_width=plan.stroke)
+    mask = mask.rotate(plan.turn, Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BOX)
     share = np.asarray(mask, np.float32)[..., None] / 255
-    return (ground + share * (ink - ground)).round().astype(np.uint8), digit
+    return (plan.ground + share * (plan.ink - plan.ground)).round().astype(np.uint8)
 
 
 class Unreadable(UserError):
@@ -153,58 +166,134 @@ class Unreadable(UserError):
 
 
 class Pictures(torch.utils.data.Dataset):
-    """An indexed set of pictures: the default digits, a folder, a .zip or .tar shards of one.
+    """An indexed set of pictures, with captions where there are some.
 
-    [i] -> (uint8 (3,pixels,pixels), label, i, readable): shorter side to `pixels`, centre crop. An unreadable picture is
-    replaced by the next readable one. labels (N,) long; classes: names of the sub-folders, sorted; none where there are none.
-    Raises UserError where nothing is found.
+    source: None (the default digits), a folder (any tree), a .zip of one, a .tar or a folder of .tar shards, or a .tsv or .jsonl of
+    file and caption. Captions stand in name.txt (a line each) or name.json ("caption") beside name.jpg, text features in name.npz.
+    [i] -> (uint8 (3,pixels,pixels), label, i, readable): shorter side to `pixels`, centre crop; an unreadable picture is replaced
+    by the next readable one. labels (N,) long; classes: names of the top folders, sorted; none where there are none.
+    Raises UserError where nothing is found, a listed picture is missing or a caption is empty.
     """
     ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
-    def __init__(self, source, pixels, seed=0, count=10000):
-        self.source, self.pixels, self.seed, self.archives, self.kept = source, pixels, seed, {}, {}
+    def __init__(self, source, pixels, seed=0, count=10000, named=False):
+        self.source, self.pixels, self.kept, self.archives, self.texts, self.npz = source, pixels, {}, {}, {}, {}
         if source is None:
-            self.places = [(None, i) for i in range(count)]
+            self.plans = [plan_digit(i, seed, named) for i in range(count)]
             self.names, self.classes = [f"digit {i}" for i in range(count)], [str(d) for d in range(10)]
-            stamp = f"digits {seed} {count}"
-            self.labels = torch.tensor([draw_digit(i, seed, None) for i in range(count)])
+            self.labels, stamp = torch.tensor([plan.digit for plan in self.plans]), f"digits {seed} {count} {named}"
+            self.texts = {i: plan.captions for i, plan in enumerate(self.plans)} if named else {}
         else:
-            found = sorted(self.find(Path(source)))
-            if not found:
-                raise UserError(f"--data {source}: no pictures in it; expected a folder, .zip or .tar with {', '.join(self.ENDINGS)} files")
-            self.names, self.places = [name for name, _, _ in found], [place for _, place, _ in found]
-            stamp = "".join(f"{name} {size}\n" for name, _, size in found)
+            found = dict(sorted(self.find(Path(source))))                                          # name -> place
+            self.names = [name for name in found if name.lower().endswith(self.ENDINGS)]
+            if not self.names:
+                raise UserError(f"--data {source}: no pictures in it; expected a folder, .zip, .tar, .tsv or .jsonl with {', '.join(self.ENDINGS)} files")
+            self.places, stem = [found[name] for name in self.names], lambda name: name.rsplit(".", 1)[0]
+            texts = {stem(name): place for name, place in found.items() if name.endswith((".txt", ".json"))}
+            features = {stem(name): place for name, place in found.items() if name.endswith(".npz")}
+            for i, name in enumerate(self.names):
+                if name in self.listed or stem(name) in texts:
+                    self.texts[i] = self.listed.get(name) or texts[stem(name)]
+                if stem(name) in features:
+                    self.npz[i] = features[stem(name)]
             tops = [name.split("/")[0] if "/" in name else None for name in self.names]
-            self.classes = sorted(set(tops)) if None not in tops and len(set(tops)) > 1 else []
-            number = {name: i for i, name in enumerate(self.classes)}
-            self.labels = torch.tensor([number.get(top, 0) for top in tops])
+            self.classes = sorted(set(tops)) if None not in tops and len(set(tops)) > 1 and not self.texts else []
+            self.labels = torch.tensor([self.classes.index(top) if self.classes else 0 for top in tops])
+            stamp = "".join(f"{name} {place[-1] if len(place) > 1 else os.path.getsize(place[0])}\n" for name, place in zip(self.names, self.places))
         self.fingerprint = hashlib.sha256(f"{pixels} {stamp}".encode()).hexdigest()
         self.small = len(self.names) * 3 * pixels**2 <= 2**28  # decoded pictures then stay in memory
 
     def find(self, source):
-        """Yields (name, place, bytes) of every picture; a place says where its bytes are."""
+        """Yields (name, place) of every file; a place is (path), (path of a .zip, name in it) or (path of a .tar, offset, size)."""
+        self.listed = {}
         if source.is_dir():
             for path in source.rglob("*"):
-                if path.suffix.lower() in self.ENDINGS and path.is_file():
-                    yield path.relative_to(source).as_posix(), (str(path),), path.stat().st_size
+                if path.suffix == ".tar":
+                    yield from self.tar(path, f"{path.relative_to(source).as_posix()}: ")
+                elif path.is_file() and not path.name.startswith("."):
+                    yield path.relative_to(source).as_posix(), (str(path),)
         elif not source.is_file():
-            raise UserError(f"--data {source}: no such file or folder; give a folder of pictures or a .zip or .tar of one")
-        elif zipfile.is_zipfile(source):
-            for info in zipfile.ZipFile(source).infolist():
-                if info.filename.lower().endswith(self.ENDINGS):
-                    yield info.filename, (str(source), info.filename), info.file_size
+            raise UserError(f"--data {source}: no such file or folder; give a folder of pictures, a .zip or .tar of one, or a .tsv or .jsonl")
+        elif source.suffix == ".tar":
+            yield from self.tar(source, "")
+        elif source.suffix in (".tsv", ".jsonl"):
+            yield from self.table(source)
         else:
-            raise UserError(f"--data {source}: neither a folder nor a .zip of pictures")
+            try:
+                with zipfile.ZipFile(source) as archive:
+                    infos = [info for info in archive.infolist() if not info.is_dir()]
+            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
+                raise UserError(f"--data {source}: neither a folder nor a whole .zip, .tar, .tsv or .jsonl ({e})") from None
+            yield from ((info.filename, (str(source), info.filename)) for info in infos)
 
-    def open(self, i):
-        """The bytes of picture i as a file object."""
-        path, *inside = self.places[i]
-        if not inside:
-            return open(path, "rb")
-        key = (os.getpid(), path)  # an open archive cannot be shared between processes
-        if key not in self.archives:
-            self.archives[key] = zipfile.ZipFile(path)
-        return self.archives[key].open(inside[0])
+    def tar(self, path, prefix):
+        """The members of a .tar shard by offset, so that any of them can be read at once."""
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    if member.isfile():
+                        if member.offset_data + member.size > os.path.getsize(path):
+                            raise tarfile.ReadError(f"{member.name} is cut short")
+                        yield prefix + member.name, (str(path), member.offset_data, member.size)
+        except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as e:
+            raise UserError(f"--data {path}: not a whole .tar ({e}); get it again") from None
+
+    def table(self, path):
+        """The pictures of a .tsv (file, tab, caption) or .jsonl ({"file": ..., "caption": ...}), relative to its folder."""
+        try:
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows = [(row["file"], row["caption"]) if path.suffix == ".jsonl" else row.split("\t", 1) for row in
+                    (json.loads(line) if path.suffix == ".jsonl" else line for line in lines)]
+            rows = [(str(file), caption) for file, captions in rows for caption in (captions if isinstance(captions, list) else [captions])]
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
+            raise UserError(f"--data {path}: expected lines of file, tab and caption, or of JSON with file and caption ({e})") from None
+        for file, caption in rows:
+            place = path.parent / file
+            if file not in self.listed and not place.is_file():
+                raise UserError(f"--data {path}: {file} is not there; paths are relative to {path.parent}")
+            if not str(caption).strip():
+                raise UserError(f"--data {path}: {file} has an empty caption; write one or leave the line out")
+            self.listed.setdefault(file, []).append(str(caption))
+        yield from ((file, (str(path.parent / file),)) for file in self.listed)
+
+    def bytes(self, place, limit=2**28):
+        """What lies at a place, at most `limit` bytes."""
+        path, *inside = place
+        if len(inside) == 1:
+            key = (os.getpid(), path)  # an open archive cannot be shared between processes
+            if key not in self.archives:
+                self.archives[key] = zipfile.ZipFile(path)
+            with self.archives[key].open(inside[0]) as f:
+                return f.read(limit)
+        with open(path, "rb") as f:
+            f.seek(inside[0] if inside else 0)
+            return f.read(min(limit, inside[1]) if inside else limit)
+
+    def captions(self, i):
+        """The captions of picture i. Raises UserError where there is none or an empty one."""
+        place = self.texts.get(i)
+        if isinstance(place, list):
+            return place
+        try:
+            text = self.bytes(place, 2**20).decode() if place else ""
+            captions = json.loads(text)["caption"] if text.lstrip().startswith("{") else text.strip().split("\n")
+            captions = captions if isinstance(captions, list) else [captions]
+        except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile, RecursionError) as e:
+            raise UserError(f"--captions {self.source}: the caption of {self.names[i]} cannot be read ({e})") from None
+        if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+            raise UserError(f"--captions {self.source}: {self.names[i]} has no caption or an empty one; write one or take the picture out")
+        return captions
+
+    def features(self, i):
+        """Text features made beforehand: (features (L,C) float32, mask (L,) bool) of picture i. Raises UserError."""
+        try:
+            with np.load(io.BytesIO(self.bytes(self.npz[i])), allow_pickle=False) as z:
+                features, mask = z["features"], z["mask"].astype(bool) if "mask" in z else None
+            if features.ndim != 2 or mask is not None and mask.shape != features.shape[:1]:
+                raise ValueError(f"features {features.shape}, mask {mask.shape}; expected (L,C) and (L)")
+        except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
+            raise UserError(f"--captions {self.source}: no text features (L,C) for {self.names[i]} ({e})") from None
+        return torch.from_numpy(features.astype(np.float32)), torch.from_numpy(np.ones(len(features), bool) if mask is None else mask)
 
     def __len__(self):
         return len(self.names)
@@ -213,11 +302,10 @@ class Pictures(torch.utils.data.Dataset):
         """uint8 (3,pixels,pixels). Raises Unreadable."""
         if i not in self.kept:
             if self.source is None:
-                image = draw_digit(i, self.seed, self.pixels)[0]
+                image = draw_digit(self.plans[i], self.pixels)
             else:
                 try:
-                    with self.open(i) as f:
-                        image = Image.fromarray(fid.decode(f))
+                    image = Image.fromarray(fid.decode(io.BytesIO(self.bytes(self.places[i]))))
                 except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
                     raise Unreadable(f"{self.names[i]}: not a readable picture ({e})") from None
                 image = np.array(ImageOps.fit(image, (self.pixels, self.pixels), Image.Resampling.BICUBIC))
@@ -654,10 +742,10 @@ def options():
 def write_data(folder, count, seed, pixels):
     """The default pictures as FOLDER/digit/number.png."""
     for i in tqdm(range(count), desc="pictures", dynamic_ncols=True):
-        x, digit = draw_digit(i, seed, pixels)
-        path = Path(folder, str(digit), f"{i:06d}.png")
+        plan = plan_digit(i, seed)
+        path = Path(folder, str(plan.digit), f"{i:06d}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(x).save(path)
+        Image.fromarray(draw_digit(plan, pixels)).save(path)
 
 
 def build(args, pictures, ranks):

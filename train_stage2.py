@@ -2,6 +2,7 @@
 
     python train_stage2.py                                        # after python train_stage1.py
     python train_stage2.py --data FOLDER --out OUT                # with OUT/stage1.pt
+    python train_stage2.py --captions DATA --clip ViT-B-16.pt --bpe bpe_simple_vocab_16e6.txt.gz
     torchrun --nproc-per-node 8 train_stage2.py --data imagenet/train --size XL --stage1 reptok-xl-600k-ImageNet.ckpt
 
 The frozen tokenizer turns every picture into tokens once (OUT/tokens-*.npy); an MLP-Mixer then learns the flow from noise to
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 from tqdm import tqdm
 
 from decoder import flow_loss
 from mixer import Mixer
 from sample import RepTok
-from tokenizer import UserError
+from tokenizer import ClipText, UserError, WordEncoder, load_text_encoder, text_mask
 from train_stage1 import (EMA, SIZES, Bins, Interruption, Loader, Log, Order, Parser, Pictures, Ranks, autocast, common_options, continued,
                           generator, grid, learning_rate, move, noise_for, number, run, save_checkpoint, save_picture, settings, whole)
 
@@ -33,13 +35,19 @@ def options():
     p = Parser(__doc__)
     common_options(p, 2)
     p.add("--stage1", None, "checkpoint of stage 1, ours or the authors' (default: OUT/stage1.pt)")
-    p.add("--label-drop", 0.1, "share of labels dropped for classifier-free guidance", type=number(0, 1))
+    p.add("--captions", None, "captioned pictures instead of classes: folder, .tar, .tsv or .jsonl; without a value, the digits write them",
+          nargs="?", const="digits")
+    p.add("--clip", None, "CLIP file whose text tower reads the captions; default: text features beside the pictures, or a small encoder trained along")
+    p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
+    p.add("--label-drop", 0.1, "share of labels or captions dropped for classifier-free guidance", type=number(0, 1))
     p.add("--channel-expansion", 4, "channel MLP's hidden width over the Mixer's (3 gives the paper's 276M)", type=whole(1))
     p.add("--token-expansion", 2, "token MLP's hidden width over the number of tokens", type=whole(1))
     args = p.parse_args()
     for name, value in (NANO if args.size == "nano" else PAPER).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    if args.clip and not (args.captions and args.bpe):
+        raise UserError("--clip reads captions: give --captions, and --bpe with bpe_simple_vocab_16e6.txt.gz")
     args.stage1 = args.stage1 or str(Path(args.out, "stage1.pt"))
     return args
 
@@ -81,66 +89,122 @@ def encode(model, pictures, ranks, args):
     return tokens.to(ranks.device), labels.to(ranks.device)
 
 
+class Stage2(nn.Module):
+    """The Mixer, and the small text encoder where one is trained along, as one module."""
+
+    def __init__(self, mixer, words=None):
+        super().__init__()
+        self.mixer, self.text = mixer, words
+
+    def forward(self, z, t, noise, classes, text=None, mask=None):
+        """Eq. 1 on normalised tokens z (B,K,D): the loss of each, (B,). `text` is features (B,L,C), or ids (B,L) for the encoder."""
+        text = self.text(text) if self.text else text
+        return flow_loss(lambda z_t, s: self.mixer(z_t, s, classes, text, mask), z, t, noise)
+
+
+def text_source(args, pictures, device):
+    """What reads the captions: CLIP, made features (None), or a small encoder trained along; and its width. Raises UserError."""
+    if args.clip:
+        text = ClipText(load_text_encoder(args.clip), args.bpe).to(device)
+        return text, text.width
+    if pictures.npz:
+        return None, pictures.features(next(iter(pictures.npz)))[0].shape[1]
+    words = sorted({word for i in range(len(pictures)) for caption in pictures.captions(i) for word in WordEncoder.split(caption)})
+    if len(words) > 20_000:
+        raise UserError(f"--captions {args.captions}: {len(words)} different words are too many for the small encoder; give --clip and --bpe")
+    print("No language model given: a small word-level encoder is trained along; real use takes CLIP (--clip) or features made beforehand")
+    text = WordEncoder(words).to(device)
+    return text, text.width
+
+
+def read_text(pictures, text, width, indices, draws, device):
+    """Text of a batch: (features (b,L,C), or ids (b,L) for the encoder trained along; mask (b,L)). draws (b,) choose the caption."""
+    if text is None:
+        rows = [pictures.features(i) for i in indices]
+        if any(f.shape[1] != width for f, _ in rows):
+            raise UserError(f"--captions {pictures.source}: text features of other widths than {width}")
+        features = nn.utils.rnn.pad_sequence([f for f, _ in rows], batch_first=True)
+        return features.to(device), nn.utils.rnn.pad_sequence([m for _, m in rows], batch_first=True).to(device)
+    captions = [pictures.captions(i) for i in indices]
+    ids = text.ids([c[int(d * len(c))] for c, d in zip(captions, draws)]).to(device)
+    clip = isinstance(text, ClipText)
+    return text(ids) if clip else ids, text_mask(ids, clip)
+
+
 def main():
     args = options()
     ranks = Ranks(args.device)
     if args.batch % (ranks.world * args.accumulate):
         raise UserError(f"--batch {args.batch} is not a multiple of {ranks.world} processes x --accumulate {args.accumulate}")
-    model = RepTok.load(args.stage1, ranks.device)
-    pictures, out = Pictures(args.data, model.pixels, args.seed), Path(args.out, "stage2.pt")
+    model, out = RepTok.load(args.stage1, ranks.device), Path(args.out, "stage2.pt")
+    source = args.captions if args.captions != "digits" else None
+    pictures = Pictures(source or args.data, model.pixels, args.seed, named=args.captions == "digits")
     out.parent.mkdir(parents=True, exist_ok=True)
     last = continued(out, args, "stage2", pictures.fingerprint)
+    torch.manual_seed(args.seed)
+    text, width = text_source(args, pictures, ranks.device) if args.captions else (None, None)
     tokens, labels = encode(model, pictures, ranks, args)
-    (N, V, K, D), C = tokens.shape, len(pictures.classes)
+    (N, V, K, D), C = tokens.shape, 0 if args.captions else len(pictures.classes)
     # normalised tokens have mean 0 and variance 1 in every dimension; a released checkpoint keeps its own factor
     mean, std = (model.mean, model.std) if model.released else (tokens.float().mean((0, 1))[None], tokens.float().std((0, 1))[None] + 1e-6)
-    torch.manual_seed(args.seed)
-    shape, S = SIZES[args.size]["mixer"], K + bool(C) + 1
-    mixer = Mixer(K, D, **shape, classes=C, token_hidden=args.token_expansion * S, channel_hidden=args.channel_expansion * shape["hidden"])
-    mixer.to(ranks.device)
+    shape, S = SIZES[args.size]["mixer"], K + bool(C) + 4 * bool(width) + 1
+    mixer = Mixer(K, D, **shape, classes=C, token_hidden=args.token_expansion * S, channel_hidden=args.channel_expansion * shape["hidden"],
+                  text_width=width).to(ranks.device)
+    stage2, first = Stage2(mixer, text if isinstance(text, WordEncoder) else None), 0
+    names, parameters = zip(*stage2.named_parameters())
     if last:
         mixer.load_state_dict(last["mixer"]["state"])
-    parameters = list(mixer.parameters())
-    optimizer, ema, first = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True), EMA(parameters, args.ema), 0
+        if stage2.text:
+            stage2.text.load_state_dict(last["text"]["state"])
+    optimizer, ema = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True), EMA(parameters, args.ema)
     if last:
         first = last["step"]
         optimizer.load_state_dict(last["optimizer"])
         torch.set_rng_state(last["rng"])
-        for average, (name, _) in zip(ema.average, mixer.named_parameters()):
-            average.copy_(last["mixer_ema"][name])
-    net = ranks.wrap(torch.compile(mixer) if args.compile else mixer)
-    model.mixer, model.mean, model.std, model.classes = mixer, mean, std, pictures.classes
+        for average, name in zip(ema.average, names):
+            average.copy_(last["ema"][name])
+    net = ranks.wrap(torch.compile(stage2) if args.compile else stage2)
+    model.mixer, model.mean, model.std, model.classes, model.text = mixer, mean, std, [] if args.captions else pictures.classes, text
     if ranks.main:
         print(f"{N} pictures, {C} classes, tokens {K}x{D}; {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters; batch {args.batch} = "
               f"{ranks.world} processes x {args.accumulate} x {args.batch // ranks.world // args.accumulate}; steps {first} to {args.steps}")
+    if args.captions:  # fixed captions to look at
+        shown = [i * N // 10 for i in range(10)]
+        shown_text, shown_mask = (u.repeat_interleave(8, 0) for u in read_text(pictures, text, width, shown, [0.0] * 10, ranks.device))
+    else:
+        shown_text, shown_mask, shown = None, None, range(min(10, max(1, C)))
 
     def save(step):
         if ranks.main:
             save_checkpoint(out, {
                 **model.parts(), "kind": "stage2", "step": step, "settings": {**settings(args), "data": pictures.fingerprint},
-                "mixer_ema": dict(zip((name for name, _ in mixer.named_parameters()), ema.average)),
-                "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
-            with ema.applied(), autocast(ranks, args.dtype):
-                rows = [torch.full((8,), c, device=ranks.device) for c in range(min(10, max(1, C)))]
-                z = model.generate(torch.cat(rows), steps=20, noise=noise_for(range(8 * len(rows)), (K, D), ranks.device))
-                save_picture(grid(model.decode(z, steps=20).chunk(len(rows))), out.with_suffix(".png"))
+                "ema": dict(zip(names, ema.average)), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
+            with torch.no_grad(), ema.applied(), autocast(ranks, args.dtype):
+                features = stage2.text(shown_text) if stage2.text else shown_text
+                z = model.generate(None if args.captions else torch.tensor(shown).repeat_interleave(8), steps=20,
+                                   noise=noise_for(range(8 * len(shown)), (K, D), ranks.device), text=features, mask=shown_mask)
+                save_picture(grid(model.decode(z, steps=20).chunk(len(shown))), out.with_suffix(".png"))
         ranks.wait()
 
     log, bins, stop = Log(out.with_suffix(".jsonl"), ranks, first, args.steps, args.batch), Bins(ranks.device), Interruption(ranks)
     for step, indices in enumerate(Order(N, args.batch, ranks, first, args.steps, args.seed), first):
         # drawn for the whole batch on every rank, so that ranks and accumulation do not change the sequence
         draw = generator(args.seed, step, 1, ranks.device)
-        t, drop, view = (ranks.part(torch.rand(args.batch, generator=draw, device=ranks.device)) for _ in range(3))
+        t, drop, view, choice = (ranks.part(torch.rand(args.batch, generator=draw, device=ranks.device)) for _ in range(4))
         noise = ranks.part(torch.randn(args.batch, K, D, generator=draw, device=ranks.device))
         rows = torch.tensor(indices, device=ranks.device)
         z = (tokens[rows, (view * V).long()].float() - mean) / std                                 # (b,K,D)
         classes = torch.where(drop < args.label_drop, C, labels[rows])                             # (b,)
+        inputs = [z, t, noise, classes]
+        if args.captions:
+            words, mask = read_text(pictures, text, width, indices, choice.tolist(), ranks.device)
+            inputs += [words, mask & (drop >= args.label_drop)[:, None]]                           # (b,L,C) or (b,L); (b,L)
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         losses = []
-        for n, (x, s, e, c) in enumerate(zip(*(u.chunk(args.accumulate) for u in (z, t, noise, classes)))):
+        for n, piece in enumerate(zip(*(u.chunk(args.accumulate) for u in inputs))):
             wait = contextlib.nullcontext() if n == args.accumulate - 1 or ranks.world == 1 else net.no_sync()
             with wait, autocast(ranks, args.dtype):
-                loss = flow_loss(lambda z_t, s: net(z_t, s, c), x, s, e)                           # Eq. 1 on tokens, (b,)
+                loss = net(*piece)                                                                 # Eq. 1 on tokens, (b,)
                 (loss.mean() / args.accumulate).backward()
             losses.append(loss.detach())
         norm, bad = move(optimizer, parameters, args.clip_grad)
