@@ -5,10 +5,12 @@
     python sample.py --ckpt out/stage1.pt --reconstruct a.png b.png            # inputs above, reconstructions below
     python sample.py --ckpt out/stage1.pt --interpolate a.png b.png            # a straight line between two tokens
     python sample.py --ckpt reptok-xl-600k-ImageNet.ckpt --classes 207 981     # the authors' checkpoint
+    torchrun --nproc-per-node 8 sample.py --ckpt out/stage2.pt --eval imagenet/val --num 50000      # rFID, PSNR, gFID, ...
     python sample.py --ckpt out/stage2.pt --export small.pt                    # without what only training needs
 
 In Python: model = RepTok.load(path); z = model.encode(images); images = model.decode(z); z = model.generate(classes).
 """
+import json
 import re
 from pathlib import Path
 
@@ -20,10 +22,10 @@ from tqdm import tqdm
 import decoder as dec
 import fid
 import tokenizer as tok
-from decoder import Decoder, PixelSpace, VAE, euler, vae_from
+from decoder import Decoder, PixelSpace, VAE, euler, flow_loss, vae_from
 from mixer import Mixer, guided
 from tokenizer import ClipText, TextTower, Tokenizer, UserError, ViT, WordEncoder
-from train_stage1 import Parser, Ranks, grid, load_checkpoint, noise_for, number, run, save_checkpoint, save_picture, whole
+from train_stage1 import Bins, Parser, Pictures, Ranks, grid, load_checkpoint, noise_for, number, run, save_checkpoint, save_picture, whole
 
 
 class RepTok:
@@ -169,6 +171,19 @@ def options():
     p.add("--per-class", 8, "pictures a row, of a class or prompt", type=whole(1))
     p.add("--reconstruct", None, "pictures to encode and decode", nargs="+")
     p.add("--interpolate", None, "two pictures; eight steps between their tokens", nargs=2)
+    p.add("--eval", None, "score the checkpoint on these pictures: rFID, PSNR, SSIM, LPIPS, and from stage 2 on gFID; under torchrun too")
+    p.add("--num", None, "pictures to reconstruct and to generate for --eval (default: as many as there are)", type=whole(2))
+    p.add("--labels", "equal", "classes of the generated pictures of --eval: equal numbers, or random", choices=["equal", "random"])
+    p.add("--reference", None, "statistics .npz that gFID is held against, instead of the pictures of --eval")
+    p.add("--save", None, "folder that keeps the pictures of --eval, in reconstructed/ and generated/")
+    p.add("--inception", fid.INCEPTION, "FID Inception weights")
+    p.add("--resize", "pytorch-fid", "preprocessing of FID", choices=["pytorch-fid", "tf1"])
+    p.add("--vgg", None, "VGG16 weights for LPIPS; without them it is left out")
+    p.add("--lpips", None, "LPIPS heads")
+    p.add("--clip", None, "CLIP file for the CLIP score of captioned pictures")
+    p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
+    p.add("--json", None, "write the scores of --eval to this file")
+    p.add("--batch", 50, "pictures at once in --eval", type=whole(1))
     p.add("--steps", 50, "Euler steps of Mixer and decoder", type=whole(1))
     p.add("--cfg", 1.5, "guidance scale; 1 is none", type=number(0))
     p.add("--cfg-interval", [0.3, 0.9], "guidance acts while t is between these", nargs=2, type=number(0, 1))
@@ -229,6 +244,93 @@ def wanted(model, args):
     return {"text": text, "mask": mask}
 
 
+class ClipScore:
+    """Cosine of CLIP's embeddings of picture and caption (Hessel 2021)."""
+
+    def __init__(self, path, vocabulary, device):
+        tensors = tok.read_tensors(path)
+        self.vit, self.text, self.bpe = tok.vit_from(tensors, path).to(device), tok.load_text_encoder(path).to(device), tok.BPE(vocabulary)
+        proj = tensors["visual.proj"] if "visual.proj" in tensors else tensors["visual_projection.weight"].T
+        self.proj, self.mean, self.std = proj.float().to(device), *(torch.tensor(v, device=device).view(3, 1, 1) for v in tok.CLIP)
+
+    @torch.no_grad()
+    def __call__(self, images, captions):
+        """Images (B,3,H,W) in [-1,1], B strings -> cosine (B,)."""
+        x = torch.nn.functional.interpolate(images, (self.vit.pixels,) * 2, mode="bicubic", antialias=True)
+        a = self.vit(((x + 1) / 2 - self.mean) / self.std)[:, 0] @ self.proj                       # (B,E)
+        return torch.cosine_similarity(a, self.text.embed(self.bpe(captions).to(a.device)))
+
+
+@torch.no_grad()
+def evaluate(args, model, ranks):
+    """Scores of the tokenizer on the pictures of --eval, and of the generator; every picture by its own seed, whatever the ranks."""
+    pictures, C = Pictures(args.eval, model.pixels), model.mixer.classes if model.mixer else 0
+    text = model.mixer is not None and bool(model.mixer.cross)
+    if text and model.text is None:
+        raise UserError("--eval: the checkpoint was trained on features made beforehand, and has no encoder for the captions")
+    if text and not pictures.texts:
+        raise UserError(f"--eval {args.eval}: the checkpoint takes text, and these pictures have no captions")
+    net = fid.load_inception(args.inception, args.resize, ranks.device)
+    lpips = fid.LPIPS(args.vgg, args.lpips).to(ranks.device) if args.vgg and args.lpips else None
+    clip = ClipScore(args.clip, args.bpe, ranks.device) if args.clip and args.bpe and text else None
+    real, recon, made, pairs, cosine = (fid.Statistics(n) for n in (2048, 2048, 2048, 3, 1))
+    count, bins = args.num or len(pictures), Bins(ranks.device)
+    shape = (model.decoder.config["channels"], *[model.decoder.config["size"]] * 2)
+    labels = torch.randint(max(C, 1), (count,), generator=torch.Generator().manual_seed(args.seed)) if args.labels == "random" else torch.arange(count) % max(C, 1)
+    mine = list(range(ranks.rank, count, ranks.world))
+    for at in tqdm(range(0, len(mine), args.batch), desc="eval", unit_scale=args.batch, disable=not ranks.main, dynamic_ncols=True):
+        chunk = mine[at:at + args.batch]
+        noise = noise_for([args.seed + i for i in chunk], shape, ranks.device)
+        here = [i for i in chunk if i < len(pictures)]
+        captions = [pictures.captions(i % len(pictures))[0] for i in chunk] if text else None
+        features = model.prompts(captions) if text else (None, None)
+        if here:
+            x = torch.stack([pictures.read(i) for i in here]).to(ranks.device)                     # uint8 (b,3,S,S)
+            z = model.encode(x.float() / 127.5 - 1)
+            y = fid.to_uint8(model.decode(z, args.steps, noise[:len(here)]))
+            real.update(net(x)), recon.update(net(y)), pairs.update(fid.pair_scores(x, y, lpips))
+            keep(args.save, "reconstructed", here, y)
+        if model.mixer is None:
+            continue
+        start = noise_for([args.seed + i for i in chunk], (model.mixer.K, model.mixer.D), ranks.device)
+        classes = labels[chunk].to(ranks.device) if not text else None
+        if here:  # the loss of Eq. 1 on these tokens, in eight segments of t
+            t, n = torch.tensor([((i * 0.6180339887) % 1) for i in here], device=ranks.device), len(here)
+            known = pictures.labels[here].to(ranks.device) if C and len(pictures.classes) == C else torch.full((n,), C, device=ranks.device)
+            bins.add(t, flow_loss(lambda z_t, s: model.mixer(z_t, s, known, *(u if u is None else u[:n] for u in features)),
+                                  (z - model.mean) / model.std, t, start[:n]))
+        y = model.decode(model.generate(classes, args.steps, args.cfg, args.cfg_interval, start, *features), args.steps, noise)
+        made.update(net(fid.to_uint8(y)))
+        keep(args.save, "generated", chunk, fid.to_uint8(y))
+        if clip:
+            cosine.update(clip(y, captions)[:, None])
+    for side in (real, recon, made, pairs, cosine):
+        side.reduce()
+    losses = bins.read(ranks)
+    if not ranks.main:
+        return
+    name, how = str(args.eval), {"preprocessing": args.resize, "weights": net.inception}
+    rows = [fid.record("rFID", fid.fid(real, recon, (name, "reconstructions")), real.n, recon.n, args.eval, **how)]
+    rows += [fid.record(metric, value, pairs.n, pairs.n, args.eval) for metric, value in zip(("PSNR", "SSIM", "LPIPS"), pairs.mu) if value == value]
+    if model.mixer is not None:
+        reference = fid.read_statistics(args.reference) if args.reference else real
+        rows.append(fid.record("gFID", fid.fid(reference, made, (args.reference or name, "generated")), reference.n, made.n, args.reference or args.eval, **how))
+        print("loss of Eq. 1 in eight segments of t:", " ".join("-" if v is None else f"{v:.4f}" for v in losses))
+    if clip:
+        rows.append(fid.record("CLIP score", 100 * cosine.mu[0], cosine.n, cosine.n, args.eval, weights=fid.sha256(args.clip)))
+        print(f"CLIPScore (2.5 max(cos, 0)): {2.5 * max(cosine.mu[0], 0):.4f}")
+    if args.json:
+        fid.write_file(args.json, lambda f: f.write(json.dumps(rows, indent=1).encode()))
+
+
+def keep(folder, kind, numbers, images):
+    """Save uint8 pictures (B,3,H,W) as folder/kind/number.png, where a folder is given."""
+    if folder:
+        Path(folder, kind).mkdir(parents=True, exist_ok=True)
+        for i, x in zip(numbers, images.cpu()):
+            Image.fromarray(x.permute(1, 2, 0).numpy()).save(Path(folder, kind, f"{i:06d}.png"))
+
+
 def load_images(paths, pixels):
     """Picture files, any size -> [(1,3,H,W) in [-1,1]] and, cropped to pixels x pixels for the eye, (B,3,pixels,pixels)."""
     images = []
@@ -247,7 +349,10 @@ def main():
     args = options()
     if Path(args.out).parent != Path(".") and not Path(args.out).parent.is_dir():
         raise UserError(f"--out {args.out}: no folder {Path(args.out).parent}; make it first")
-    model = RepTok.load(args.ckpt, Ranks(args.device).device)
+    ranks = Ranks(args.device)
+    model = RepTok.load(args.ckpt, ranks.device)
+    if args.eval:
+        return evaluate(args, model, ranks)
     if args.export:
         return save_checkpoint(Path(args.export), model.parts())
     size, seeds = model.decoder.config, lambda n: range(args.seed, args.seed + n)

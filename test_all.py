@@ -41,7 +41,7 @@ def draws(name):
 
 def uniform(name, shape):
     """float32, mean 0, variance 1."""
-    return torch.from_numpy(((draws(name).random_sample(tuple(shape)) * 2 - 1) * 3**0.5).astype(np.float32))
+    return torch.from_numpy(np.asarray((draws(name).random_sample(tuple(shape)) * 2 - 1) * 3**0.5, np.float32))
 
 
 def seeded(name, shape, gain=1.0, salt=""):
@@ -306,6 +306,210 @@ def test_guidance():
     assert torch.allclose(mix.guided(m, c, scale=2.0, interval=(0.3, 0.9))(z, t(0.5)), null + 2 * (plain - null), atol=1e-5)
     assert torch.equal(mix.guided(m, c, scale=1.0)(z, t(0.5)), plain)
     assert torch.equal(mix.guided(m, c, scale=2.0, interval=(0.3, 0.9))(z, t(0.2)), m(z, t(0.2), c))  # outside the interval
+
+
+# ---- Published files: figures that the official implementations gave for weights and pictures of these names
+
+VIT = {"width": 96, "depth": 3, "heads": 3, "hidden": 384, "patch": 14, "grid": 9, "layer_scale": True}
+HF = [(r"patch_embed\.proj", "embeddings.patch_embeddings.projection"), (r"^(cls_token|mask_token|register_tokens)", r"embeddings.\1"),
+      (r"^pos_embed", "embeddings.position_embeddings"), (r"^norm\.", "layernorm."), (r"^blocks\.", "encoder.layer."),
+      (r"attn\.proj", "attention.output.dense"), (r"ls(\d)\.gamma", r"layer_scale\1.lambda1")]
+HF_MAE = [*HF[:5], (r"norm1", "layernorm_before"), (r"norm2", "layernorm_after"), (r"attn\.proj", "attention.output.dense"),
+          (r"mlp\.fc1", "intermediate.dense"), (r"mlp\.fc2", "output.dense"), (r"^", "vit.")]
+HF_CLIP = [(r"^visual\.proj", "visual_projection.weight"), (r"^text_projection", "text_projection.weight"), (r"^visual\.", "vision_model."),
+           (r"^(?=transformer|token_emb|positional|ln_final)", "text_model."), (r"class_embedding", "embeddings.class_embedding"),
+           (r"positional_embedding", "embeddings.position_embedding.weight"), (r"conv1", "embeddings.patch_embedding"), (r"token_emb", "embeddings.token_emb"),
+           (r"ln_pre", "pre_layrnorm"), (r"ln_post", "post_layernorm"), (r"ln_final", "final_layer_norm"), (r"transformer\.resblocks", "encoder.layers"),
+           (r"ln_(\d)", r"layer_norm\1"), (r"c_fc", "fc1"), (r"c_proj", "fc2"), (r"attn\.out_proj", "self_attn.out_proj"), (r"attn\.in_proj_", "self_attn.qkv.")]
+
+
+def official(shapes, gain=1.0, salt=""):
+    return {name: seeded(name, shape, gain, salt) for name, shape in shapes.items()}
+
+
+def vit_shapes(**config):
+    with torch.device("meta"):
+        return {k: tuple(v.shape) for k, v in tok.ViT(**config).state_dict().items() if v.numel()}
+
+
+def renamed(tensors, table, split="attention.attention.", parts=("query", "key", "value")):
+    """Another layout of the same weights: new names, q, k and v apart, CLIP's projections transposed."""
+    out = {}
+    for name, tensor in tensors.items():
+        for pattern, new in table:
+            name = re.sub(pattern, new, name)
+        if "qkv" in name:
+            out.update({re.sub(r"(self_)?attn\.qkv\.", split + part + ("_proj." if len(part) == 1 else "."), name): t for part, t in zip(parts, tensor.chunk(3))})
+        else:
+            out[name] = tensor.T.contiguous() if "_projection.weight" in name else tensor
+    return out
+
+
+def save_safetensors(tensors, path):
+    names, header, blobs, at = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}, {}, [], 0
+    for k, v in tensors.items():
+        blobs.append(v.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        header[k] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [at, at + len(blobs[-1])]}
+        at += len(blobs[-1])
+    head = json.dumps(header).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + b"".join(blobs))
+
+
+def near(ours, figures, tolerance=2e-5):
+    assert (torch.as_tensor(ours) - torch.tensor(figures)).abs().max() < tolerance, (ours, figures)
+
+
+def normalised(name, batch, size, kind=tok.IMAGENET):
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in kind)
+    return ((signed(picture(name, batch, *size)) + 1) / 2 - mean) / std
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_layouts(tmp_path, registers):
+    """Class token [1,:3] and last patch [1,-1,:2] of the official code, with its two ways to resize position embeddings."""
+    want = {(126, 126): ([1.3909583, -.6111237, .9246164], [1.0020436, -.2605651]), (56, 56): ([1.038504, -.7463139, 1.0393908], [.2235843, .3490676]),
+            (182, 140): ([2.0131795, -.4523501, .7861331], [1.5738912, -.1345164]), (70, 98): ([1.069735, -.8705731, 1.6015197], [1.5155047, .2929357])}
+    if registers:
+        want = {(126, 126): ([1.4405926, -.5822288, .9463598], [.9992852, -.2280324]), (56, 56): ([1.2834781, -.5669176, 1.1057715], [.6126821, .5377855]),
+                (182, 140): ([2.0196564, -.440992, .8076234], [1.6081079, -.1249322]), (70, 98): ([1.3624084, -.7944974, 1.3052913], [1.3705868, .3859628])}
+    weights = official({**vit_shapes(**VIT, registers=registers), "mask_token": (1, 96)})
+    torch.save(weights, tmp_path / "a.pth")
+    save_safetensors(renamed(weights, HF), tmp_path / "b.safetensors")
+    torch.save({k: v.half() for k, v in weights.items()}, tmp_path / "half.pth")
+    save_safetensors({k: v.bfloat16() for k, v in renamed(weights, HF).items()}, tmp_path / "bf.safetensors")
+    for file, tolerance in (("a.pth", 2e-5), ("b.safetensors", 2e-5), ("half.pth", 2e-2), ("bf.safetensors", 2e-1)):
+        vit = tok.load_encoder(tmp_path / file)
+        assert vit.pixels == 224 and not any(p.requires_grad or p.dtype != torch.float32 for p in vit.parameters())
+        for size, (cls, patch) in want.items():
+            tokens = vit(normalised(f"tiny-{size[0]}x{size[1]}", 2, size))
+            near(tokens[1, 0, :3], cls, tolerance), near(tokens[1, -1, :2], patch, tolerance)
+
+
+def test_mae_layouts(tmp_path):
+    weights = official(vit_shapes(**{**VIT, "patch": 16, "grid": 4, "layer_scale": False}))
+    torch.save({"model": {**weights, "decoder_embed.weight": torch.zeros(3, 3), "mask_token": torch.zeros(1, 1, 8)}}, tmp_path / "a.pth")
+    save_safetensors(renamed(weights, HF_MAE), tmp_path / "b.safetensors")
+    for file in ("a.pth", "b.safetensors"):
+        near(tok.load_encoder(tmp_path / file)(normalised("tiny-mae", 2, (64, 64)))[1, 0, :4], [1.207941, -.4187583, 1.3290678, .8449023])
+
+
+def clip_shapes(width=128, text=64, depth=2):
+    block = lambda prefix, w: {f"{prefix}.{k}": v for k, v in {
+        "attn.in_proj_weight": (3 * w, w), "attn.in_proj_bias": (3 * w,), "attn.out_proj.weight": (w, w), "attn.out_proj.bias": (w,), "ln_1.weight": (w,),
+        "ln_1.bias": (w,), "mlp.c_fc.weight": (4 * w, w), "mlp.c_fc.bias": (4 * w,), "mlp.c_proj.weight": (w, 4 * w), "mlp.c_proj.bias": (w,),
+        "ln_2.weight": (w,), "ln_2.bias": (w,)}.items()}
+    shapes = {"positional_embedding": (77, text), "text_projection": (text, text), "visual.class_embedding": (width,), "logit_scale": (),
+              "visual.positional_embedding": (17, width), "visual.proj": (width, text), "visual.conv1.weight": (width, 3, 16, 16),
+              "token_embedding.weight": (49408, text), **{f"{n}.{k}": (w,) for n, w in (("visual.ln_pre", width), ("visual.ln_post", width), ("ln_final", text))
+                                                          for k in ("weight", "bias")}}
+    for i in range(depth):
+        shapes |= block(f"visual.transformer.resblocks.{i}", width) | block(f"transformer.resblocks.{i}", text)
+    return shapes
+
+
+def test_clip_layouts(tmp_path):
+    """Image token before the projection, and the text feature of 'a photo of a cat', of OpenAI's code."""
+    weights = official(clip_shapes())
+    torch.save(weights, tmp_path / "a.pt")
+    save_safetensors(renamed(weights, HF_CLIP, "self_attn.", "qkv"), tmp_path / "b.safetensors")
+    ids = torch.zeros(1, 77, dtype=torch.long)
+    ids[0, :7] = torch.tensor([49406, 320, 1125, 539, 320, 2368, 49407])
+    for file in ("a.pt", "b.safetensors"):
+        vit = tok.load_encoder(tmp_path / file)
+        near(vit(normalised("clip-64", 3, (64, 64), tok.CLIP))[1, 0, :4], [-.6273584, .0036576, 1.7625371, -1.8191109])
+        near(tok.load_text_encoder(tmp_path / file).embed(ids)[0, :4], [.4188382, -1.0934184, -.2489413, -1.64716])
+        assert tok.Tokenizer(vit).config["vit"]["mean"] == tok.CLIP[0] and vit.pixels == 64
+        with pytest.raises(tok.UserError, match="register"):
+            tok.Tokenizer(vit, "all")
+
+
+def compvis(name):
+    """The CompVis name of a tensor of our VAE."""
+    name = re.sub(r"(down|up)_blocks\.(\d)", lambda m: f"{m[1]}.{m[2] if m[1] == 'down' else 3 - int(m[2])}", name)
+    for a, b in (("conv_norm_out", "norm_out"), ("mid_block.resnets.0", "mid.block_1"), ("mid_block.resnets.1", "mid.block_2"), ("resnets", "block"),
+                 ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"), ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"), ("conv_shortcut", "nin_shortcut"),
+                 ("mid_block.attentions.0.to_", "mid.attn_1."), ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample")):
+        name = name.replace(a, b)
+    return name
+
+
+def test_vae_layouts(tmp_path):
+    """Posterior and decoding of CompVis's own code, from its layout and from diffusers' new and old names."""
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in dec.VAE([64, 128, 256, 256]).state_dict().items()}
+    square = lambda name, shape: (*shape, 1, 1) if ".attn_1." in name and len(shape) == 2 else shape
+    weights = {k: seeded(compvis(k), square(compvis(k), shape)) for k, shape in shapes.items()}
+    flat = {k: v.flatten(1) if "attentions" in k and v.ndim == 4 else v for k, v in weights.items()}
+    old = {re.sub(r"to_([qkv])", lambda m: {"q": "query", "k": "key", "v": "value"}[m[1]], k).replace("to_out.0", "proj_attn"): v for k, v in flat.items()}
+    torch.save({"state_dict": {f"first_stage_model.{compvis(k)}": v for k, v in weights.items()} | {"model.other": torch.ones(2)}}, tmp_path / "sd.ckpt")
+    torch.save({"state_dict": {compvis(k): v for k, v in weights.items()} | {"loss.logvar": torch.ones(())}}, tmp_path / "kl.ckpt")
+    save_safetensors(flat, tmp_path / "new.safetensors"), save_safetensors(old, tmp_path / "old.safetensors")
+    x = signed(picture("vae-32x72", 1, 32, 72))
+    for file in ("sd.ckpt", "kl.ckpt", "new.safetensors", "old.safetensors"):
+        vae = dec.load_vae(tmp_path / file)
+        mean, logvar = vae.posterior(x)
+        near(mean[0, :, 3, 8], [.1509764, .6491106, -.4958231, .9428135]), near(logvar[0, :, 1, 2], [-.5687925, -.2563109, -.358317, .3784242])
+    noise = torch.randn(mean.shape)
+    assert torch.allclose(vae.encode(x, noise), 0.18215 * (mean + (logvar / 2).exp() * noise), atol=1e-6)
+
+
+def released_shapes(depth=4, layers=6):
+    """Names and shapes of the authors' checkpoint with fewer layers; the encoder and the VAE in full."""
+    first, d = "first_stage.decoder.decoder.", {}
+    vit = {k: v for k, v in vit_shapes(width=768, depth=12, heads=12, patch=14, grid=37, registers=4, layer_scale=True).items()}
+    d |= {f"first_stage.encoder.encoder.{k}": v for k, v in vit.items()}
+    with torch.device("meta"):
+        d |= {f"{first}ae.ae.{k}": tuple(v.shape) for k, v in dec.VAE().state_dict().items()}
+    names = {"time_emb.weight": (512, 1), "time_in_proj.weight": (1024, 1024), "mapping.in_norm.scale": (1024,), "mapping.out_norm.scale": (1024,),
+             "encoder.dino.temp_pos_embed": (1, 1, 1, 768), "encoder.dino.new_reg": (1, 2, 768), "encoder.dino.backbone.fc.weight": (1152, 768),
+             **{f"encoder.dino.backbone.{k}": (1152,) for k in ("fc.bias", "ln.weight", "ln.bias")}, "backbone.mid_merge.proj.weight": (1152, 1152),
+             "backbone.mid_merge.pre_proj.proj.weight": (1152, 16), "backbone.mid_split.post_proj.norm.scale": (1152,),
+             "backbone.mid_split.post_proj.proj.weight": (16, 1152)}
+    for i in range(2):
+        names |= {f"mapping.blocks.{i}.{k}": v for k, v in {"norm.scale": (1024,), "up_proj.weight": (6144, 1024), "down_proj.weight": (1024, 3072)}.items()}
+    for i in range(depth):
+        names |= {f"backbone.mid_level.{i}.{k}": v for k, v in {
+            "self_attn.scale": (16,), "self_attn.norm.linear.weight": (1152, 1024), "self_attn.qkv_proj.weight": (3456, 1152), "self_attn.pos_emb.freqs": (2, 16, 9),
+            "self_attn.out_proj.weight": (1152, 1152), "ff.norm.linear.weight": (1152, 1024), "ff.up_proj.weight": (6912, 1152), "ff.down_proj.weight": (1152, 3456)}.items()}
+    d |= {first + k: v for k, v in names.items()}
+    m = {"0.weight": (1280, 768), "0.bias": (1280,), f"{layers + 1}.weight": (1280,), f"{layers + 1}.bias": (1280,), f"{layers + 2}.weight": (768, 1280), f"{layers + 2}.bias": (768,)}
+    for i in range(1, layers + 1):
+        m |= {f"{i}.{k}": v for k, v in {"0.fn.0.weight": (12, 3, 1), "0.fn.0.bias": (12,), "0.fn.3.weight": (3, 12, 1), "0.fn.3.bias": (3,), "0.norm.weight": (1280,),
+              "0.norm.bias": (1280,), "1.fn.0.weight": (5120, 1280), "1.fn.0.bias": (5120,), "1.fn.3.weight": (1280, 5120), "1.fn.3.bias": (1280,),
+              "1.norm.weight": (1280,), "1.norm.bias": (1280,)}.items()}
+    net = {"pos_embed": (1, 1, 768), "t_embedder.mlp.0.weight": (768, 256), "t_embedder.mlp.0.bias": (768,), "t_embedder.mlp.2.weight": (768, 768),
+           "t_embedder.mlp.2.bias": (768,), "label_embedder.embedding_table.weight": (1001, 768), **{f"mixer._orig_mod.{k}": v for k, v in m.items()}}
+    return d | {f"ema_model.net.{k}": v for k, v in net.items()}
+
+
+def test_the_authors_checkpoint(tmp_path):
+    """Encoder, decoder, Mixer and guidance of the authors' own code, through a file of their layout (theirs runs time backwards)."""
+    state = official(released_shapes(), salt="a:") | {"metric_tracker.other": torch.ones(3)}
+    config = {"first_stage_cfg": {"_content": {"params": {"_content": {"scale_factor": {"_val": 1.3}}}}}, "other": {"scale_factor": 0.18215}}
+    torch.save({"state_dict": state, "hyper_parameters": config, "epoch": 1}, tmp_path / "a.ckpt")
+    del state
+    model = RepTok.load(tmp_path / "a.ckpt")
+    (tmp_path / "a.ckpt").unlink()
+    near(model.encode(signed(picture("a:reptok-375x500", 1, 375, 500)))[0, 0, :3], [.0541501, .3860424, .5609152])
+    z = model.encode(signed(picture("a:reptok-256", 2, 256, 256)))
+    x, n = uniform("a:noise", (2, 4, 32, 32)), uniform("a:latent-noise", (4, 1, 768))
+    with torch.no_grad():
+        near(-model.decoder(x, torch.full((2,), 0.5), z)[1, :, 3, 4], [-2.0065675, .505765, -.8570567, .6616135], 5e-5)
+        near(model.mixer(n[:3], torch.full((3,), 0.25), torch.tensor([1, 207, 981]))[1, 0, :3], [.2368025, -.0491665, 1.5444434])
+    guided = model.generate(torch.tensor([1, 207, 981]), steps=10, cfg=1.5, cfg_interval=(0.3, 0.9), noise=n[:3])
+    near(guided[1, 0, :3] / 1.3, [.9503103, .7618908, 3.0905805], 5e-5)
+    near(model.decode(z, steps=4, noise=x)[1, :, 12, 16], [-1.0, 1.0, -.1287327], 5e-5)
+
+
+def test_named_weights_are_downloaded_and_offline_says_what_to_do(tmp_path, monkeypatch):
+    weights = official(vit_shapes(**VIT))
+    torch.save(weights, tmp_path / "vit.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setitem(tok.PUBLISHED, "dinov2_vitb14", (tmp_path / "vit.pth").as_uri())
+    assert torch.equal(tok.load_encoder("dinov2_vitb14").cls_token, weights["cls_token"]) and list(tmp_path.rglob("hub/*/checkpoints/vit.pth"))
+    monkeypatch.setitem(tok.PUBLISHED, "mae_vitb16", (tmp_path / "gone.pth").as_uri())
+    with pytest.raises(tok.UserError, match="(?s)gone.pth.*file://.*checkpoints"):
+        tok.load_encoder("mae_vitb16")
 
 
 # ---- Trainers and sampler as processes
