@@ -3,12 +3,14 @@
 Every test compares with something that is not this code: a closed form, another implementation, figures that the published
 implementations gave for weights and pictures that are functions of their names, or a property that must hold.
 """
+import gzip
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -601,7 +603,7 @@ def refusal(script, args, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
     with pytest.raises(SystemExit) as stop:
         one.run(sys.modules[script[:-3]].main)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "it/s" not in line]  # no progress bars
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: error: "), lines
     return lines[0]
 
@@ -649,6 +651,209 @@ def test_two_ranks_equal_one_process(trained, tmp_path):
         for name in ("two", "pieces"):
             got = losses(tmp_path / name / f"{stage}.jsonl")
             assert max(abs(got[s] - want[s]) for s in want) < 1e-5, (stage, name)
+
+
+# ---- Text
+
+
+ORDER = [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173]
+MERGES = ["c a", "ca t</w>", "t h", "th e</w>", "a t</w>", "Ã ©</w>"]  # ids 512..517, start 518, end 519
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bpe") / "vocab.gz"
+    path.write_bytes(gzip.compress("\n".join(["header", *MERGES, ""]).encode()))
+    return tok.BPE(path)
+
+
+@pytest.mark.parametrize("text, want", [  # want: words that no merge touches as text, ids of merged ones as numbers
+    ("", []), ("cat", [513]), ("The  CAT\n", [515, 513]), ("cat\u3000the", [513, 515]), ("cat é", [513, 517]), ("e\u0301", [517]),
+    ("cat's", [513, "'s"]), ("cat\u2019s", [513, "'s"]), ("'\u017f", ["'\u017f"]), ("42", ["4", "2"]), ("a_b", ["a", "_", "b"]),
+    ("x²Ⅷ一", ["x", "²", "ⅷ", "一"]), ("日本", ["日本"]), ("😀👍", ["😀👍"]), ("x\u0345x", ["x", "x"]), ("\u0130", ["i", "\u0307"]),
+    ("&eacute;&amp;cat", [517, "&", 513]), ("&EACUTE;", [517]), ("&amp;amp;amp;", ["&"]), ("<&amp;amp;amp;", ["<&", "amp", ";"]),
+    ("c\0at", [513]), ("\ud800", ["\ufffd"]), ("ｃａｔ", [513]), ("ﬁ", ["fi"]), ("\x1b[31mcat", [513]), ("\x93!", ['"!']),
+    ("a<|startoftext|>cat<|EndOfText|>", ["a", 518, 513, 519]), ("<|\u017ftartoftext|>", ["<|\u017ftartoftext|>"])])
+def test_ids(bpe, text, want):
+    ids = [518]
+    for word in want:
+        ids += [word] if isinstance(word, int) else [ORDER.index(b) for b in word.encode()]
+        ids[-1] += 256 * isinstance(word, str)
+    assert bpe.encode(text) == [*ids, 519] and bpe([text])[0].tolist() == [*ids, 519] + [0] * (76 - len(ids))
+
+
+def test_cut_and_shapes(bpe):
+    ids = bpe(["cat " * 75, "cat " * 76, "the"])
+    assert ids.shape == (3, 77) and ids.dtype == torch.long and torch.equal(ids[0], ids[1]) and ids[1, -1] == 519
+    assert len(bpe.encode("cat " * 75)) == bpe.context < len(bpe.encode("cat " * 76))
+    assert bpe([]).shape == (0, 77) and torch.equal(bpe("cat"), bpe(["cat"]))
+    assert bpe.encode("cats bat")[1:-1] == [512, ORDER.index(116), 256 + ORDER.index(115), ORDER.index(98), 516]
+
+
+@pytest.mark.parametrize("data", [b"", b"text", gzip.compress(b"header\nnot a merge\n"), gzip.compress(b"header\na b\na b\n"),
+                                  gzip.compress(b"header\na b\n")[:-9], gzip.compress(b"\xff"), gzip.compress(b"a" * (1 << 25))])
+def test_damaged_vocabulary(tmp_path, data):
+    (tmp_path / "v.gz").write_bytes(data)
+    with pytest.raises(tok.UserError, match="v.gz is not"):
+        tok.BPE(tmp_path / "v.gz")
+
+
+class Reference(nn.Module):
+    """The tower from torch.nn's own layers, in float64."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.token_embedding, self.positional_embedding = nn.Embedding(520, width), nn.Parameter(torch.empty(77, width))
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(
+            width, heads, 4 * width, 0, lambda x: x * torch.sigmoid(1.702 * x), norm_first=True, batch_first=True)
+            for _ in range(2))
+        self.ln_final, self.text_projection = nn.LayerNorm(width), nn.Parameter(torch.empty(width, width))
+        for i, p in enumerate(self.double().parameters()):
+            p.data.normal_(0, .2, generator=torch.Generator().manual_seed(i))
+
+    def forward(self, ids):
+        x = self.token_embedding(ids) + self.positional_embedding
+        for block in self.blocks:
+            x = block(x, nn.Transformer.generate_square_subsequent_mask(77, dtype=x.dtype))
+        x = self.ln_final(x)
+        return x, torch.stack([row[n] for row, n in zip(x, (ids == 519).int().argmax(1))]) @ self.text_projection
+
+
+def layouts(width):
+    """The same weights with OpenAI's and with Hugging Face's names, and with what else such files hold."""
+    openai, face = {"visual.proj": torch.ones(3, 3), "blocks.0.attn_mask": torch.ones(77, 77)}, {"logit_scale": torch.ones(())}
+    for k, v in Reference(width, width // 32 if width % 64 else width // 64).float().state_dict().items():
+        n = k.replace("self_attn", "attn").replace("norm", "ln_")
+        openai[n.replace("blocks", "transformer.resblocks").replace("linear1", "mlp.c_fc").replace("linear2", "mlp.c_proj")] = v
+        n = k.replace("blocks", "encoder.layers").replace("norm", "layer_norm").replace("linear", "mlp.fc").replace("ln_f", "f")
+        n = n.replace("token_", "embeddings.token_").replace("positional_embedding", "embeddings.position_embedding.weight")
+        for part, rows in zip("qkv", v.chunk(3)) if "in_proj" in n else [("", v)]:
+            face["text_model." + n.replace("in_proj_", part + "_proj.").replace("final.", "final_layer_norm.")] = rows
+    face["text_projection.weight"] = face.pop("text_model.text_projection").t()  # square: a missed transpose would load
+    return openai, face
+
+
+@pytest.mark.parametrize("width, heads", [(96, 3), (128, 2)])
+def test_tower_layouts_and_padding(monkeypatch, bpe, width, heads):
+    ids = bpe(["a cat", "the bat sat", ""])
+    features, end = Reference(width, heads)(ids)
+    openai, face = layouts(width)
+    for file, far in (openai, 1e-5), (face, 1e-5), ({k: v.half() for k, v in openai.items()}, 1e-2):
+        monkeypatch.setattr(tok, "read_tensors", lambda path: file)
+        tower = tok.load_text_encoder("file")
+        assert (tower(ids) - features).abs().max() < far and (tower.embed(ids) - end).abs().max() < far
+        assert all(p.dtype == torch.float32 and not p.requires_grad for p in tower.parameters())
+    padded = torch.where(ids == 0, torch.randint(1, 520, ids.shape), ids)  # other end tokens too: the first one counts
+    assert torch.equal(tower.embed(ids), tower.embed(padded)) and torch.allclose(tower(ids[:, :9]), tower(ids)[:, :9], atol=1e-5)
+    for a, b, n in zip(tower(ids), tower(padded), ids.argmax(1) + 1):
+        assert torch.equal(a[:n], b[:n]) and not torch.equal(a[n:], b[n:])
+
+
+@pytest.mark.parametrize("layout, kept, more, says", [
+    (0, "^$", ["patch_embed.x"], "looks like a plain ViT"), (1, "^text_model", [], "missing 1: text_projection"), (0, "", ["spare"], "spare"),
+    (0, "^(?!.*resblocks.0.ln_1)", [], "blocks.0.norm1.weight"),
+    (1, "^(?!.*0.self_attn.q_proj.w)", [], "blocks.0.attn.qkv.weight")])
+def test_wrong_text_file(monkeypatch, layout, kept, more, says):
+    file = {k: v for k, v in layouts(96)[layout].items() if re.search(kept, k)} | {k: torch.ones(2) for k in more}
+    monkeypatch.setattr(tok, "read_tensors", lambda path: file)
+    with pytest.raises(tok.UserError, match="^wrong.pth.*" + says):
+        tok.load_text_encoder("wrong.pth")
+
+
+def test_text_in_the_mixer():
+    """Zero start: text changes nothing yet. Then padding never changes an output, and no text is the learned null."""
+    torch.manual_seed(0)
+    m = mix.Mixer(K=2, D=8, hidden=16, depth=2, classes=0, text_width=12)
+    z, t, text, mask = torch.randn(3, 2, 8), torch.rand(3), torch.randn(3, 5, 12), torch.arange(5) < torch.tensor([[5], [2], [3]])
+    assert m.layers[0].tokens.up.weight.shape[1] == 2 + 4 + 1 and torch.equal(m(z, t, None, text, mask), m(z, t, None, text * 2 + 1, mask))
+    busy(m)
+    out = m(z, t, None, text, mask)
+    noise = torch.where(mask[..., None], text, torch.randn_like(text))
+    assert torch.equal(out, m(z, t, None, noise, mask)) and (out - m(z, t, None, text + 1, mask.roll(1, 1))).abs().max() > 1e-4
+    longer = m(z, t, None, F.pad(text, (0, 0, 0, 4)), F.pad(mask, (0, 4)))
+    assert torch.allclose(out, longer, atol=1e-5)
+    null = m(z, t, None, text, mask & False)
+    assert torch.equal(null, m(z, t, None, torch.randn_like(text), mask & False)) and (null - out).abs().max() > 1e-4
+    at = torch.tensor([0.5])
+    guided = mix.guided(m, None, text, mask, 3.0)(z, at)
+    u, c = m(z, at, None, text, mask & False), m(z, at, None, text, mask)
+    assert torch.allclose(guided, u + 3 * (c - u), atol=1e-4) and torch.equal(mix.guided(m, None, text, mask, 1.0)(z, at), c)
+
+
+def test_cross_attention_against_torch():
+    c = busy(mix.CrossAttention(128, 24))
+    x, text, mask = torch.randn(2, 3, 128), torch.randn(2, 5, 24), torch.arange(5) < torch.tensor([[5], [2]])
+    kv = text @ c.kv.weight.T + c.kv.bias
+    ref = nn.MultiheadAttention(128, 2, batch_first=True)
+    with torch.no_grad():  # its own projections are made the identity
+        ref.in_proj_weight.copy_(torch.eye(128).repeat(3, 1)), ref.in_proj_bias.zero_(), ref.out_proj.load_state_dict(c.out.state_dict())
+    want, _ = ref(c.q(c.norm(x)), kv[..., :128], kv[..., 128:], key_padding_mask=~mask)
+    assert torch.allclose(c(x, text, mask), want, atol=1e-5)
+
+
+def test_word_encoder_masks_padding():
+    w = tok.WordEncoder(["a", "red", "seven", "on", "blue"])
+    short, both = w.ids(["a red seven"]), w.ids(["a red seven", "a red seven on blue on blue"])
+    assert both.tolist()[0] == [2, 3, 4, 0, 0, 0, 0] and w.ids(["zebra"]).tolist() == [[1]] and w.cut("a " * 30) and not w.cut("a " * 24)
+    assert torch.allclose(w(short)[0], w(both)[0, :3], atol=1e-5)
+    assert (w(w.ids(["red on blue"])) - w(w.ids(["blue on red"])))[0, 1].abs().max() > 1e-4  # order counts
+
+
+def write_pairs(folder, count=12):
+    """Captioned digits as folder of pairs, .tsv, .jsonl and two .tar shards; pictures' names."""
+    (folder / "pairs").mkdir()
+    plans = [one.plan_digit(i, 3, named=True) for i in range(count)]
+    for i, plan in enumerate(plans):
+        Image.fromarray(one.draw_digit(plan, 16)).save(folder / "pairs" / f"{i:02d}.png")
+        (folder / "pairs" / f"{i:02d}.txt").write_text("\n".join(plan.captions[:2]))
+    rows = [(f"pairs/{i:02d}.png", c) for i, plan in enumerate(plans) for c in plan.captions[:2]]
+    (folder / "t.tsv").write_text("".join(f"{file}\t{c}\n" for file, c in rows))
+    (folder / "t.jsonl").write_text("".join(json.dumps({"file": file, "caption": c}) + "\n" for file, c in rows))
+    (folder / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as tar:
+            for path in sorted((folder / "pairs").glob("*"))[shard * count:(shard + 1) * count]:
+                tar.add(path, path.name)
+    return plans
+
+
+def test_captioned_sources_agree(tmp_path):
+    plans = write_pairs(tmp_path)
+    sets = [one.Pictures(str(tmp_path / name), 16) for name in ("pairs", "t.tsv", "t.jsonl", "shards")]
+    for i, plan in enumerate(plans):
+        for p in sets:
+            assert len(p) == 12 and not p.classes and p.captions(i) == plan.captions[:2]
+            assert torch.equal(p[i][0], torch.from_numpy(one.draw_digit(plan, 16)).permute(2, 0, 1))
+    seen = [sum((list(o) for o in one.Order(12, 4, one.argparse.Namespace(rank=r, world=2), 0, 3, 0)), []) for r in (0, 1)]
+    assert sorted(sum(seen, [])) == list(range(12))  # two ranks, one epoch: every picture once
+    (tmp_path / "pairs" / "03.txt").write_text(" ")
+    with pytest.raises(tok.UserError, match="03.png"):
+        one.Pictures(str(tmp_path / "pairs"), 16).captions(3)
+    (tmp_path / "t.tsv").write_text("pairs/77.png\ta red 7\n")
+    with pytest.raises(tok.UserError, match="77.png"):
+        one.Pictures(str(tmp_path / "t.tsv"), 16)
+    (tmp_path / "t.tsv").write_text("pairs/01.png\t \n")
+    with pytest.raises(tok.UserError, match="empty"):
+        one.Pictures(str(tmp_path / "t.tsv"), 16)
+
+
+def test_text_to_image_commands(trained, tmp_path, monkeypatch, capsys):
+    """Words trained along, features made beforehand, CLIP; prompts, features and refusals."""
+    plans, stage1 = write_pairs(tmp_path), ["--stage1", trained / "out" / "stage1.pt"]
+    command("train_stage2.py", "--captions", tmp_path / "shards", "--out", tmp_path / "words", *stage1, *QUICK2)
+    ckpt = tmp_path / "words" / "stage2.pt"
+    command("sample.py", "--ckpt", ckpt, "--prompt", "a red 7 on white", "--prompt", "on black, a grey 3", "--per-class", 3, "--steps", 2, "--cfg", 3,
+            "--out", tmp_path / "p.png")
+    assert Image.open(tmp_path / "p.png").size == (3 * 64, 2 * 64)
+    for args, says in ((["--ckpt", ckpt], "--prompt"), (["--ckpt", ckpt, "--prompt", " "], "--prompt"), (["--ckpt", trained / "out" / "stage2.pt", "--prompt", "x"], "no text")):
+        assert says in refusal("sample.py", args, monkeypatch, capsys)
+    for i in range(12):
+        np.savez(tmp_path / "pairs" / f"{i:02d}.npz", features=np.random.randn(3 + i % 2, 6).astype(np.float16), mask=np.ones(3 + i % 2, bool))
+    command("train_stage2.py", "--captions", tmp_path / "pairs", "--out", tmp_path / "made", *stage1, *QUICK2)
+    command("sample.py", "--ckpt", tmp_path / "made" / "stage2.pt", "--features", tmp_path / "pairs" / "00.npz", "--steps", 2, "--out", tmp_path / "f.png")
+    assert "no text encoder" in refusal("sample.py", ["--ckpt", tmp_path / "made" / "stage2.pt", "--prompt", "x"], monkeypatch, capsys)
+    np.savez(tmp_path / "pairs" / "05.npz", features=np.zeros((3, 7), np.float16))
+    assert "width" in refusal("train_stage2.py", ["--captions", tmp_path / "pairs", "--out", tmp_path / "wide", *stage1, *QUICK2], monkeypatch, capsys)
 
 
 # ---- Scores of a checkpoint of the default data:  python test_all.py --score out/stage2.pt

@@ -677,9 +677,11 @@ def load_text_encoder(path):
     if "text_projection.weight" in tensors:  # a Linear's; square in B/16, where a missed transpose would load
         tensors["text_projection"] = tensors.pop("text_projection.weight").t().contiguous()
     shape = {k: tuple(v.shape) for k, v in tensors.items()}
-    sized = [shape.get(k, ()) for k in ("token_embedding.weight", "positional_embedding", "text_projection")]
-    known = all(len(s) == 2 for s in sized) and sized[0][1] % 32 == 0
-    (vocabulary, width), (context, _), (_, out) = sized if known else [(49408, 512), (77, 512), (512, 512)]  # else only to name what is missing
+    flat = lambda name, usual: shape[name] if len(shape.get(name, ())) == 2 else usual  # the usual only to name what is missing
+    vocabulary, width = flat("token_embedding.weight", (49408, 512))
+    context, out = flat("positional_embedding", (77, width))[0], flat("text_projection", (width, width))[1]
+    if width % 32:
+        raise UserError(f"{path}: a text tower {width} wide has no heads of 64 or 32; give a published CLIP")
     depth = len({k.split(".")[1] for k in tensors if k.startswith("blocks.")})
     with torch.device("meta"):
         tower = TextTower(vocabulary, context, width, depth, out)

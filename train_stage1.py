@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.utils.flop_counter
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -122,6 +123,7 @@ def common_options(parser, stage):
     p.add("--workers", None, "processes that read pictures (default: 4 with a GPU, else 0)", type=whole(0))
     p.add("--max-bad", 0.001, "share of unreadable pictures that is skipped", type=number(0, 1))
     p.add("--compile", False, "torch.compile the networks", action="store_true")
+    p.add("--bench", False, "print times, GMACs and share of the matrix-multiply peak of this size's networks, and exit", action="store_true")
     p.add("--fresh", False, "start anew, over what lies in --out", action="store_true")
 
 
@@ -553,7 +555,7 @@ class Log:
 
     def write(self, step, loss, **values):
         """`loss` is that step's, over the whole batch."""
-        self.smooth = loss if self.smooth is None else 0.9 * self.smooth + 0.1 * loss
+        self.smooth = loss if self.smooth is None else 0.7 * self.smooth + 0.3 * loss
         (then, before), self.since = self.since, (time.time(), step)
         seconds = (self.since[0] - then) / max(1, step - before)
         self.bar.set_postfix_str(f"loss {self.smooth:.4f}, {1e3 * seconds:.0f} ms, {self.batch / seconds:.0f} images/s", refresh=False)
@@ -625,6 +627,48 @@ def save_picture(picture, path):
     temporary = Path(path).with_suffix(".tmp")
     picture.save(temporary, format="PNG")
     os.replace(temporary, path)
+
+
+# ---- Shared: --bench
+
+
+def count_macs(function):
+    """Multiply-accumulates of a call, in 1e9: (linear and convolution layers, attention products)."""
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        function()
+    ops = {str(op): n / 2e9 for op, n in counter.get_flop_counts()["Global"].items()}
+    attention = sum(n for op, n in ops.items() if "attention" in op or "bmm" in op)
+    return sum(ops.values()) - attention, attention
+
+
+def median_ms(function, device, seconds=4.0):
+    """Median time of a call, after one that does not count."""
+    times = []
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    function(), wait()
+    while len(times) < 3 or sum(times) < 1e3 * seconds and len(times) < 100:
+        start = time.perf_counter()
+        function(), wait()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)[len(times) // 2]
+
+
+def bench_rows(rows, device, dtype):
+    """Print name, milliseconds, images/s, GMACs an image (linear + attention), GFLOP/s and its share of the matrix-multiply peak.
+
+    rows: (name, function, images a call). The peak is that of a 4096^3 product in `dtype`, measured before and after.
+    """
+    a, b = (torch.randn(4096, 4096, device=device, dtype=dtype) for _ in range(2))
+    peak = lambda: 2 * 4096**3 / median_ms(lambda: a @ b, device) / 1e6
+    before, results = peak(), []
+    for name, function, images in rows:
+        (linear, attention), ms = count_macs(function), median_ms(function, device)
+        results.append((name, ms, images / ms * 1e3, linear / images, attention / images, 2e3 * (linear + attention) / ms))
+    top = max(before, peak())
+    print(f"{device}, {dtype}: peak of a 4096^3 product {top:.0f} GFLOP/s; medians")
+    print(f"{'':34s}{'ms':>9s}{'images/s':>10s}{'GMACs':>9s}{'+ attn':>8s}{'GFLOP/s':>9s}{'of peak':>9s}")
+    for name, ms, rate, linear, attention, flops in results:
+        print(f"{name:34s}{ms:9.1f}{rate:10.2f}{linear:9.3f}{attention:8.3f}{flops:9.0f}{flops / top:8.0%}")
 
 
 # ---- Stage 1
@@ -774,11 +818,53 @@ def build(args, pictures, ranks):
     return tokenizer, decoder, vae
 
 
+def bench(args, ranks):
+    """--bench: this size's networks with random weights, and a training step."""
+    torch.manual_seed(0)
+    nano, device, n = args.size == "nano", ranks.device, args.batch if args.size == "nano" or ranks.device.type == "cuda" else 2
+    vae = PixelSpace() if nano else VAE().to(device)
+    tokenizer = Tokenizer(new_vit(args)).to(device)
+    decoder = Decoder(**SIZES[args.size]["decoder"], channels=vae.channels, size=args.pixels // vae.factor, token_dim=tokenizer.width).to(device)
+    for p in decoder.parameters():
+        nn.init.normal_(p, std=0.02) if p.ndim > 1 else None  # zero starts would stop the backward pass
+    tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing
+    x, t = torch.rand(n, 3, args.pixels, args.pixels, device=device) * 2 - 1, torch.rand(n, device=device)
+    noise = torch.randn(n, vae.channels, decoder.config["size"], decoder.config["size"], device=device)
+    stage1 = Stage1(tokenizer, decoder)
+    optimizer = torch.optim.AdamW([p for p in stage1.parameters() if p.requires_grad], fused=True)
+    net = torch.compile(stage1) if args.compile else stage1
+
+    def quiet(function):
+        def call():
+            with torch.no_grad(), autocast(ranks, args.dtype):
+                function()
+        return call
+
+    def step():
+        with autocast(ranks, args.dtype):
+            flow, _ = net(x, noise, t, noise)
+            flow.mean().backward()
+        move(optimizer, list(decoder.parameters()), 1.0)
+
+    tokens = tokenizer(x).detach()
+    rows = [("encoder", quiet(lambda: tokenizer(x)), n), ("decoder velocity", quiet(lambda: decoder(noise, t, tokens)), n),
+            ("step: encoder, decoder, backward", step, n)]
+    if not nano:
+        rows += [("VAE encode", quiet(lambda: vae.encode(x)), n), ("VAE decode", quiet(lambda: vae.decode(noise)), n)]
+    with autocast(ranks, args.dtype):
+        dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
+    print(f"size {args.size}, batch {n}: decoder {sum(p.numel() for p in decoder.parameters()) / 1e6:.1f}M parameters, "
+          f"encoder {sum(p.numel() for p in tokenizer.vit.parameters()) / 1e6:.1f}M")
+    bench_rows(rows, device, dtype)
+
+
 def main():
     args = options()
     if args.write_data:
         return write_data(args.write_data, args.num, args.seed, args.pixels)
     ranks = Ranks(args.device)
+    if args.bench:
+        return bench(args, ranks)
     if args.batch % (ranks.world * args.accumulate):
         raise UserError(f"--batch {args.batch} is not a multiple of {ranks.world} processes x --accumulate {args.accumulate}")
     out = Path(args.out, "stage1.pt")

@@ -22,7 +22,7 @@ from decoder import flow_loss
 from mixer import Mixer
 from sample import RepTok
 from tokenizer import ClipText, UserError, WordEncoder, load_text_encoder, text_mask
-from train_stage1 import (EMA, SIZES, Bins, Interruption, Loader, Log, Order, Parser, Pictures, Ranks, autocast, common_options, continued,
+from train_stage1 import (EMA, SIZES, Bins, Interruption, Loader, Log, Order, Parser, Pictures, Ranks, autocast, bench_rows, common_options, continued,
                           generator, grid, learning_rate, move, noise_for, number, run, save_checkpoint, save_picture, settings, whole)
 
 PAPER = dict(steps=700_000, batch=256, lr=1e-4, warmup=2000, decay=False, ema=0.9999)
@@ -131,9 +131,36 @@ def read_text(pictures, text, width, indices, draws, device):
     return text(ids) if clip else ids, text_mask(ids, clip)
 
 
+def bench(args, ranks):
+    """--bench: the Mixer of this size with random weights, forward and in a training step."""
+    nano, device = args.size == "nano", ranks.device
+    n, D = args.batch if args.size == "nano" or device.type == "cuda" else 32, 128 if nano else 768
+    shape = SIZES[args.size]["mixer"]
+    mixer = Mixer(1, D, **shape, classes=10 if nano else 1000, channel_hidden=args.channel_expansion * shape["hidden"]).to(device)
+    z, t, c = torch.randn(n, 1, D, device=device), torch.rand(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
+    stage2 = Stage2(mixer)
+    net, optimizer = torch.compile(stage2) if args.compile else stage2, torch.optim.AdamW(mixer.parameters(), fused=True)
+
+    def forward():
+        with torch.no_grad(), autocast(ranks, args.dtype):
+            mixer(z, t, c)
+
+    def step():
+        with autocast(ranks, args.dtype):
+            net(z, t, z, c).mean().backward()
+        move(optimizer, list(mixer.parameters()), 1.0)
+
+    with autocast(ranks, args.dtype):
+        dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
+    print(f"size {args.size}, batch {n}: Mixer {sum(p.numel() for p in mixer.parameters()) / 1e6:.1f}M parameters")
+    bench_rows([("Mixer", forward, n), ("step: Mixer, backward", step, n)], device, dtype)
+
+
 def main():
     args = options()
     ranks = Ranks(args.device)
+    if args.bench:
+        return bench(args, ranks)
     if args.batch % (ranks.world * args.accumulate):
         raise UserError(f"--batch {args.batch} is not a multiple of {ranks.world} processes x --accumulate {args.accumulate}")
     model, out = RepTok.load(args.stage1, ranks.device), Path(args.out, "stage2.pt")
