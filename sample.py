@@ -25,7 +25,8 @@ import tokenizer as tok
 from decoder import Decoder, PixelSpace, VAE, euler, flow_loss, vae_from
 from mixer import Mixer, guided
 from tokenizer import ClipText, TextTower, Tokenizer, UserError, ViT, WordEncoder
-from train_stage1 import Bins, Parser, Pictures, Ranks, grid, load_checkpoint, noise_for, number, run, save_checkpoint, save_picture, whole
+from train_stage1 import (Bins, Parser, Pictures, Ranks, damage, grid, load_checkpoint, noise_for, number, plausible, run, save_checkpoint,
+                          save_picture, whole)
 
 
 class RepTok:
@@ -58,9 +59,13 @@ class RepTok:
                 part, name = name.split(".", 1)
                 state[part][name] = average
             t, config = content["tokenizer"]["config"], {name: content[name]["config"] for name in state}
+            for name in state:
+                plausible({k: v for k, v in config[name].items() if k not in ("vit", "words", "vocabulary")}, state[name])
+            plausible(t["vit"], state["tokenizer"])
             with torch.device("meta"):
                 vit = ViT(**t["vit"])
-            tokenizer = tok.fit(Tokenizer(vit.to_empty(device="cpu"), t["token"], t["reg_index"], t["unfreeze"]), state["tokenizer"], path, "a tokenizer")
+            vit = tok.fit(vit, under(state["tokenizer"], "vit."), path, "a tokenizer")  # before anything takes memory
+            tokenizer = tok.fit(Tokenizer(vit, t["token"], t["reg_index"], t["unfreeze"]), state["tokenizer"], path, "a tokenizer")
             with torch.device("meta"):
                 decoder, vae = Decoder(**config["decoder"]), VAE(**config["vae"]) if config["vae"] else PixelSpace()
                 mixer = Mixer(**config["mixer"]) if "mixer" in state else None
@@ -69,11 +74,13 @@ class RepTok:
                 tok.fit(mixer, state["mixer"], path, "a Mixer")
             text = text_from(content["text"], state["text"], path) if "text" in state else None
             latent = content.get("latent", {})
+            if mixer and not all(latent[k].shape == (1, mixer.K, mixer.D) for k in ("mean", "std")):
+                raise ValueError("latent statistics of another size")
             return cls(tokenizer, decoder, vae, mixer, latent.get("mean"), latent.get("std"), content["classes"], content.get("released", False), text)
         except (UserError, dec.UserError):
             raise
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-            raise UserError(f"{path}: a damaged checkpoint ({type(e).__name__}: {e}); use the one before it, NAME.prev.pt") from None
+        except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
+            raise UserError(f"{path}: a damaged checkpoint ({damage(e)}); use the one before it, NAME.prev.pt") from None
 
     def to(self, device):
         """Move every part; returns self."""
@@ -309,12 +316,12 @@ def evaluate(args, model, ranks):
     losses = bins.read(ranks)
     if not ranks.main:
         return
-    name, how = str(args.eval), {"preprocessing": args.resize, "weights": net.inception}
-    rows = [fid.record("rFID", fid.fid(real, recon, (name, "reconstructions")), real.n, recon.n, args.eval, **how)]
+    how = {"preprocessing": args.resize, "weights": net.inception}
+    rows = [fid.record("rFID", fid.fid(real, recon), real.n, recon.n, args.eval, **how)]
     rows += [fid.record(metric, value, pairs.n, pairs.n, args.eval) for metric, value in zip(("PSNR", "SSIM", "LPIPS"), pairs.mu) if value == value]
     if model.mixer is not None:
         reference = fid.read_statistics(args.reference) if args.reference else real
-        rows.append(fid.record("gFID", fid.fid(reference, made, (args.reference or name, "generated")), reference.n, made.n, args.reference or args.eval, **how))
+        rows.append(fid.record("gFID", fid.fid(reference, made), reference.n, made.n, args.reference or args.eval, **how))
         print("loss of Eq. 1 in eight segments of t:", " ".join("-" if v is None else f"{v:.4f}" for v in losses))
     if clip:
         rows.append(fid.record("CLIP score", 100 * cosine.mu[0], cosine.n, cosine.n, args.eval, weights=fid.sha256(args.clip)))
@@ -447,8 +454,8 @@ def released(content, path):
         tok.fit(mixer, net, path, "the authors' Mixer")
     except (UserError, dec.UserError):
         raise
-    except (KeyError, ValueError, IndexError, RuntimeError, ZeroDivisionError, TypeError) as e:
-        raise UserError(f"{path}: looks like the authors' checkpoint but has tensors missing or misshapen ({e})") from None
+    except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
+        raise UserError(f"{path}: looks like the authors' checkpoint but has tensors missing or misshapen ({damage(e)})") from None
     scale = find_number(content.get("hyper_parameters", {}), "scale_factor", set()) or 1.0
     return RepTok(tokenizer, decoder, vae, mixer, torch.zeros(1, K, mixer.D), torch.full((1, K, mixer.D), scale), released=True)
 

@@ -3,19 +3,36 @@
 Every test compares with something that is not this code: a closed form, another implementation, figures that the published
 implementations gave for weights and pictures that are functions of their names, or a property that must hold.
 """
+import collections
+import contextlib
+import enum
+import faulthandler
+import functools
 import gzip
+import io
 import json
 import math
 import os
+import pickle
+import random
 import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+import traceback
+import types
+import warnings
+import zipfile
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -653,6 +670,137 @@ def test_two_ranks_equal_one_process(trained, tmp_path):
             assert max(abs(got[s] - want[s]) for s in want) < 1e-5, (stage, name)
 
 
+# ---- Never lose a run
+
+
+def launch(script, *args, world=1, port=29633):
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(port)] if world > 1 else []
+    return subprocess.Popen([sys.executable, *torchrun, str(HERE / script), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def stop_at(process, log, step, which):
+    """Send a signal to the whole process group once `log` shows `step`."""
+    for _ in range(3000):
+        if process.poll() is not None or log.exists() and log.read_text().count("\n") >= step:
+            break
+        time.sleep(0.02)
+    if which == signal.SIGKILL:  # torchrun's workers are in groups of their own
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if str(log.parent).encode() in (entry / "cmdline").read_bytes():
+                    os.kill(int(entry.name), which)
+            except OSError:
+                pass
+    else:
+        process.send_signal(which)
+    return process.communicate(timeout=120)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py"])
+def test_killed_and_continued_equals_never_stopped(trained, tmp_path, script, world):
+    """SIGKILL at any step, then the same command: bit for bit the losses of a run that was never stopped."""
+    stage, results = script[6:12], {}
+    for name in ("whole", "killed"):
+        out = tmp_path / name
+        args = ["--data", trained / "data", "--out", out, "--steps", 30, "--batch", 8, "--log-every", 1, "--save-every", 3, "--device", "cpu",
+                *(["--encoder", trained / "out" / "prior.pt"] if stage == "stage1" else ["--stage1", trained / "out" / "stage1.pt"])]
+        if name == "killed":
+            stop_at(launch(script, *args, world=world), out / f"{stage}.jsonl", 8, signal.SIGKILL)
+            assert not (out / f"{stage}.pt").exists() or one.load_checkpoint(out / f"{stage}.pt", [stage])["step"] < 30
+        done = launch(script, *args, world=world)
+        output = done.communicate(timeout=200)
+        assert done.returncode == 0, output
+        results[name] = losses(out / f"{stage}.jsonl")
+    assert results["whole"] == results["killed"] and len(results["whole"]) == 30
+
+
+def test_sigterm_finishes_the_step_and_saves(trained, tmp_path):
+    args = ["--data", trained / "data", "--out", tmp_path, "--steps", 100_000, "--batch", 8, "--log-every", 1, "--encoder", trained / "out" / "prior.pt"]
+    process = launch("train_stage1.py", *args)
+    output, _ = stop_at(process, tmp_path / "stage1.jsonl", 3, signal.SIGTERM)
+    assert process.returncode == 0 and "run the same command" in output
+    assert one.load_checkpoint(tmp_path / "stage1.pt", ["stage1"])["step"] >= 3
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_used(trained, tmp_path, capsys):
+    for name in ("stage1.pt", "stage1.prev.pt"):
+        (tmp_path / name).write_bytes((trained / "out" / name).read_bytes())
+    (tmp_path / "stage1.pt").write_bytes((trained / "out" / "stage1.pt").read_bytes()[:-1000])
+    assert one.load_checkpoint(tmp_path / "stage1.pt", ["stage1"])["step"] == 3
+    assert "stage1.pt" in capsys.readouterr().err
+    assert RepTok.load(tmp_path / "stage1.pt").pixels == 16
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "stage1.pt"
+    one.save_checkpoint(path, {"kind": "stage1", "step": 1})
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(tok.UserError, match="No space"):
+        one.save_checkpoint(path, {"kind": "stage1", "step": 2})
+    assert one.load_checkpoint(path, ["stage1"])["step"] == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_loss_that_is_not_finite_moves_nothing():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([p], lr=0.1, fused=True)
+    for grad, moved in ((torch.tensor([1.0, math.nan, 0.0]), False), (torch.ones(3), True)):
+        p.grad = grad
+        _, bad = one.move(optimizer, [p], 1.0)
+        assert bool(bad) != moved and bool((p != 1).any()) == moved and p.grad is None
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(trained, tmp_path):
+    args = ["--data", trained / "data", "--out", tmp_path, "--batch", 8, "--save-every", 1, "--encoder", trained / "out" / "prior.pt", "--device", "cpu"]
+    done = launch("train_stage1.py", *args, "--lr", 1e25, "--warmup", 0, "--steps", 9)
+    _, error = done.communicate(timeout=120)
+    line = error.strip().splitlines()[-1]
+    assert done.returncode == 2 and "not finite at step" in line and ".png" in line and "Traceback" not in error, error
+    assert one.load_checkpoint(tmp_path / "stage1.pt", ["stage1"])["step"] < 9
+
+
+def test_bad_pictures_are_skipped_up_to_a_share(trained, tmp_path, capfd):
+    pictures = one.Pictures(str(trained / "data"), 16)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(pictures.places[5][0]).read_bytes()[:60])
+    pictures.places[5] = (str(broken),)
+    ranks = one.argparse.Namespace(rank=0, world=1, device=torch.device("cpu"))
+    order = one.Order(len(pictures), 8, ranks, 0, 5, 0)
+    batches = list(one.Loader(pictures, order, ranks, 0, max_bad=0.1))
+    assert len(batches) == 5 and capfd.readouterr().err.count(pictures.names[5]) == 1
+    with pytest.raises(tok.UserError, match="--max-bad"):
+        list(one.Loader(pictures, order, ranks, 0, max_bad=0.001))
+
+
+def test_the_trainer_is_a_plain_loop(trained, tmp_path):
+    """Stage 1's losses are those of a loop written without its helpers: unfused AdamW, autograd through plain modules."""
+    args = ["--data", trained / "data", "--out", tmp_path, "--steps", 6, "--batch", 8, "--log-every", 1, "--lr", 1e-3, "--warmup", 0, "--device", "cpu",
+            "--encoder", trained / "out" / "prior.pt"]
+    command("train_stage1.py", *args, "--clip-grad", 1e9)
+    got, pictures = losses(tmp_path / "stage1.jsonl"), one.Pictures(str(trained / "data"), 16)
+    vit = one.encoder(str(trained / "out" / "prior.pt"))
+    torch.manual_seed(0)
+    t = tok.Tokenizer(vit)
+    d = dec.Decoder(**one.SIZES["nano"]["decoder"], channels=3, size=16, token_dim=128)
+    optimizer = torch.optim.AdamW([t.embedding, *d.parameters()], weight_decay=0.0)
+    permutation = np.random.default_rng([0, 0]).permutation(40)
+    for step in range(5):
+        x = torch.stack([pictures[int(i)][0] for i in permutation[8 * step:8 * step + 8]]).float() / 127.5 - 1
+        draw = one.generator(0, step, 0, "cpu")
+        time_ = torch.sigmoid(torch.randn(8, generator=draw) - 0.3)
+        noise = torch.randn(8, 3, 16, 16, generator=draw)
+        s = time_[:, None, None, None]
+        z = t(x)
+        loss = (d((1 - s) * noise + s * x, time_, z) - (x - noise)).square().mean() + 0.1 * (1 - F.cosine_similarity(z, t.prior(x), dim=-1)).mean()
+        assert abs(loss.item() - got[step + 1]) < 2e-4, step
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / 6)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 # ---- Text
 
 
@@ -854,6 +1002,605 @@ def test_text_to_image_commands(trained, tmp_path, monkeypatch, capsys):
     assert "no text encoder" in refusal("sample.py", ["--ckpt", tmp_path / "made" / "stage2.pt", "--prompt", "x"], monkeypatch, capsys)
     np.savez(tmp_path / "pairs" / "05.npz", features=np.zeros((3, 7), np.float16))
     assert "width" in refusal("train_stage2.py", ["--captions", tmp_path / "pairs", "--out", tmp_path / "wide", *stage1, *QUICK2], monkeypatch, capsys)
+
+
+# ---- Scores: fid.py
+
+
+def fid_picture(i, h, w):
+    """uint8 (h,w,3): waves that differ with i, from integers only."""
+    y, x, c = np.mgrid[:h, :w, :3]
+    return ((y * (3 + i) + x * (5 + 2 * i) + (x * y) // (7 + i) + 60 * c) % 256).astype(np.uint8)
+
+
+def fid_batch(*numbers, size=(40, 56)):
+    return torch.from_numpy(np.stack([fid_picture(i, *size) for i in numbers])).permute(0, 3, 1, 2)
+
+
+def save_tree(folder, sizes, start=0):
+    for i, size in enumerate(sizes):
+        (folder / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(fid_picture(start + i, *size)).save(folder / str(i % 2) / f"{i:03d}.png")
+    return folder
+
+
+def fid_refuses(capsys, *args):
+    with pytest.raises(SystemExit) as stop:
+        fid.main([str(a) for a in args])
+    out, line = capsys.readouterr()
+    assert stop.value.code == 2 and not out and line.count("\n") == 1 and line.startswith("fid.py: error: "), (args, out, line)
+    return line
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    shapes = {k: v.shape for k, v in fid.Inception("tf1").state_dict().items() if "tracked" not in k}
+    torch.save({k: 1 + 0.25 * uniform(k, s) if k.endswith("_var") else seeded(k, s, 2**0.5) for k, s in shapes.items()}, path)
+    return path
+
+
+def test_inception_features(inception):
+    for resize, expected in (  # as pytorch-fid 0.3.0 and torch-fidelity 0.4.0 give
+            ("pytorch-fid", [0.16020, 0.26052, 0.91411, 1.39036, 2.02914, 12.74936]), ("tf1", [0.16430, 0.24872, 0.92448, 1.38595, 2.03273, 12.93768])):
+        net, x = fid.load_inception(inception, resize), fid_batch(0, 1)
+        features = net(x)
+        assert (features[1, [0, 400, 800, 1200, 1600, 1926]] - torch.tensor(expected)).abs().max() < 5e-5
+        assert (net(x[:1], x[1:]) - features).abs().max() < 5e-5 and (net(x[1:]) - features[1:]).abs().max() < 5e-5
+    with pytest.raises(TypeError, match="uint8"):
+        net(x.float())
+    x = torch.arange(3 * 598 * 598).view(1, 3, 598, 598).remainder(251).byte()  # tf1: source = 2 target, no half-pixel shift
+    assert torch.equal(net.prepare(x), (x[..., ::2, ::2].float() - 128) / 128)
+
+
+def test_frechet_closed_forms():
+    r = np.random.RandomState(0)
+    mu, shift, cov, d1, d2 = r.randn(40), r.randn(40), np.cov(r.randn(90, 40), rowvar=False), r.rand(40), r.rand(40)
+    for args, exact in (((cov, mu, cov), 0), ((cov, mu + shift, cov), (shift**2).sum()), ((4 * cov, mu, 9 * cov), np.trace(cov)),
+                        ((np.diag(d1), mu, np.diag(d2)), ((d1**0.5 - d2**0.5) ** 2).sum())):
+        assert math.isclose(fid.frechet_distance(mu, *args), exact, rel_tol=1e-9, abs_tol=1e-9)
+    for n1, n2 in ((5, 7), (30, 4), (4, 90)):  # singular: tr (C1 C2)^(1/2) is the nuclear norm of A B^T
+        x, y = 100 + r.randn(n1, 40), r.randn(n2, 40)
+        u, v = (x - x.mean(0)) / (n1 - 1) ** 0.5, (y - y.mean(0)) / (n2 - 1) ** 0.5
+        exact = ((x.mean(0) - y.mean(0)) ** 2).sum() + (u**2).sum() + (v**2).sum() - 2 * np.linalg.svd(u @ v.T, compute_uv=False).sum()
+        assert math.isclose(fid.frechet_distance(x.mean(0), np.cov(x.T), y.mean(0), np.cov(y.T)), exact, rel_tol=1e-12)
+    for other in ((mu[:9], cov[:9, :9]), (mu * np.nan, cov)):
+        with pytest.raises(fid.UserError, match="no finite statistics of one size"):
+            fid.frechet_distance(mu, cov, *other)
+
+
+RANK = """import sys, numpy as np, torch, fid
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+s = fid.Statistics(20)
+for chunk in torch.from_numpy(np.load(sys.argv[3]))[int(sys.argv[2])::2].split(7):
+    s.update(chunk)
+np.savez(sys.argv[4], mu=s.reduce().mu, cov=s.cov, n=s.n)
+torch.distributed.barrier(), torch.distributed.destroy_process_group()"""
+
+
+def test_statistics_batches_and_ranks(tmp_path):
+    x = np.random.RandomState(0).rand(101, 20).astype(np.float32) * 3 + 1
+    np.save(tmp_path / "x.npy", x)
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, tmp_path / "meet", str(r), tmp_path / "x.npy", tmp_path / f"{r}.npz"],
+                              cwd=HERE, stderr=subprocess.DEVNULL) for r in range(2)]
+    made = [fid.Statistics(20) for _ in range(3)]
+    for s, batch in zip(made, (1, 8, 101)):
+        for chunk in torch.from_numpy(x).split(batch):
+            s.update(chunk)
+    assert [p.wait(60) for p in ranks] == [0, 0]
+    found = [(s.n, s.mu, s.cov) for s in made] + [[np.load(tmp_path / f"{r}.npz")[k] for k in ("n", "mu", "cov")] for r in range(2)]
+    for n, mu, cov in found:
+        assert n == 101 and np.allclose(mu, x.mean(0, dtype=float), rtol=1e-12, atol=0)
+        assert np.allclose(cov, np.cov(x.astype(float), rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_psnr_ssim_and_rounding():
+    a, b, zero = fid_batch(0, 1, size=(24, 31)), fid_batch(0, 5, size=(24, 31)), torch.zeros(1, 3, 16, 16)
+    assert fid.psnr(a, a).tolist() == [math.inf] * 2 and torch.allclose(fid.ssim(a, a), torch.ones(2).double())
+    assert math.isclose(fid.psnr(zero, zero + 0.1).item(), 20, rel_tol=1e-6) and math.isclose(fid.ssim(zero, zero + 1).item(), 1e-4 / 1.0001, rel_tol=1e-6)
+    blur = lambda x: scipy.ndimage.gaussian_filter(x, 1.5, truncate=3.5, axes=(0, 1))[5:-5, 5:-5]  # noqa: E731
+    for i, value in enumerate(fid.ssim(a, b)):
+        p, q = (x[i].permute(1, 2, 0).double().numpy() / 255 for x in (a, b))
+        m, n = blur(p), blur(q)
+        vp, vq, c = blur(p * p) - m * m, blur(q * q) - n * n, blur(p * q) - m * n
+        score = (2 * m * n + 1e-4) * (2 * c + 9e-4) / ((m * m + n * n + 1e-4) * (vp + vq + 9e-4))
+        assert math.isclose(value, score.mean(), abs_tol=1e-9)
+    with pytest.raises(ValueError, match="16"):
+        fid.pair_scores(a[..., :10], b[..., :10])
+    assert fid.to_uint8(torch.tensor([-2.0, -1, 0.003, 0.9999, 1])).tolist() == [0, 0, 128, 255, 255]
+    with pytest.raises(fid.UserError):
+        fid.to_uint8(zero / 0)
+
+
+def test_lpips_and_pairs(tmp_path, capsys):
+    convs = [(0, 64, 3), (2, 64, 64), (5, 128, 64), (7, 128, 128), (10, 256, 128), (12, 256, 256), (14, 256, 256), (17, 512, 256)]
+    convs += [(i, 512, 512) for i in (19, 21, 24, 26, 28)]
+    vgg = {f"features.{i}.{k}": seeded(f"features.{i}.{k}", s, 2**0.5) for i, o, c in convs for k, s in (("weight", (o, c, 3, 3)), ("bias", (o,)))}
+    heads = {f"lin{i}.model.1.weight": seeded(f"lin{i}", (1, c, 1, 1)).abs() for i, c in enumerate((64, 128, 256, 512, 512))}
+    torch.save(vgg | {"classifier.0.weight": torch.zeros(3)}, tmp_path / "vgg.pth", _use_new_zipfile_serialization=False)
+    torch.save(heads, tmp_path / "heads.pth")
+    net, x = fid.LPIPS(tmp_path / "vgg.pth", tmp_path / "heads.pth"), fid_batch(0, 1, size=(32, 40)) / 127.5 - 1
+    assert torch.allclose(net(x, x[[1, 1]]), torch.tensor([0.1519165, 0]), rtol=1e-5)  # lpips 0.1.4
+    sizes, args = [(32, 40), (20, 24)], [tmp_path / "real", tmp_path / "fake", "--pairs", "--vgg", tmp_path / "vgg.pth", "--lpips", tmp_path / "heads.pth"]
+    save_tree(args[0], sizes), save_tree(args[1], sizes, 2)
+    fid.main([str(a) for a in [*args, "--json", tmp_path / "s.json"]])
+    scores, each = json.loads((tmp_path / "s.json").read_text()), [(fid_batch(i, size=s), fid_batch(i + 2, size=s)) for i, s in enumerate(sizes)]
+    assert capsys.readouterr().out.count("\n") == 3 and [s["metric"] for s in scores] == ["PSNR", "SSIM", "LPIPS"]
+    assert np.allclose([s["value"] for s in scores], torch.cat([fid.pair_scores(*pair, net) for pair in each]).mean(0), rtol=1e-6)
+    (args[1] / "0" / "000.png").rename(args[1] / "0" / "stray.png")
+    assert f"2 without a partner: 0/000 of {args[0]}, 0/stray of {args[1]}" in fid_refuses(capsys, *args)
+
+
+def test_pictures_are_read_as_rgb(tmp_path):
+    rgb, grey = fid_picture(3, 12, 9), fid_picture(3, 12, 9)[..., 0]
+    three = np.repeat(grey[..., None], 3, 2)
+    kinds = {"a.png": (rgb, None, rgb), "b.png": (grey, None, three), "c.png": (three // 51 * 51, "P", three // 51 * 51),  # the web palette
+             "d.png": (grey.astype(np.uint16) * 257, None, three), "e.tif": (rgb, "CMYK", rgb), "f.png": (rgb, "RGBA", rgb)}
+    for name, (x, mode, _) in kinds.items():
+        (Image.fromarray(x).convert(mode) if mode else Image.fromarray(x)).save(tmp_path / name)
+    read = dict(fid.images(tmp_path, workers=2))
+    assert list(read) == list(kinds) and all(x.dtype == np.uint8 and np.array_equal(x, kinds[n][2]) for n, x in read.items())
+
+
+def test_fid_command(tmp_path, inception, capsys):
+    a, b = save_tree(tmp_path / "a", [(32, 32)] * 5), save_tree(tmp_path / "b", [(32, 32)] * 3 + [(20, 40)], 7)
+    fid.main([str(v) for v in (a, b, "--inception", inception, "--save-stats", tmp_path / "s.npz", "--json", tmp_path / "s.json")])
+    (out, line), (made,) = capsys.readouterr(), json.loads((tmp_path / "s.json").read_text())
+    assert (made["n_real"], made["n_fake"], made["preprocessing"]) == (5, 4, "pytorch-fid") and made["weights_sha256"] == fid.sha256(inception)
+    assert {"torch", "numpy", "scipy", "pillow"} <= set(made["versions"]) and made["reference"] == str(a) and len(made["reference_sha256"]) == 64
+    assert out.count("\n") == line.count("\n") == 1 and "biased" in line and "N = 2049" in line and math.isclose(made["value"], 764.834130, rel_tol=1e-5)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+        [z.write(f, f.relative_to(a)) for f in a.rglob("*.png")]
+    net, order, saved = fid.load_inception(inception), [0, 2, 4, 1, 3], fid.read_statistics(tmp_path / "s.npz")
+    np.savez_compressed(tmp_path / "a.npz", np.stack([fid_picture(i, 32, 32) for i in order]))
+    for source in (tmp_path / "a.zip", tmp_path / "a.npz"):
+        assert all(np.array_equal(x, fid_picture(i, 32, 32)) for i, (_, x) in zip(order, fid.images(source, workers=2), strict=True))
+        assert all(np.array_equal(x, fid_picture(i, 32, 32)) for i, (_, x) in zip((2, 1), fid.images(source, rank=1, world=2), strict=True))
+        side = fid.measure(source, net, batch=3, workers=1)
+        assert side.n == saved.n == 5 and np.allclose(side.mu, saved.mu, atol=1e-5) and np.allclose(side.cov, saved.cov, atol=1e-3)
+    adm = tmp_path / "adm.npz"  # mu and sigma win; no weights are needed; N by the rank, as the file does not say
+    np.savez(adm, mu=np.zeros(6), sigma=np.diag([3, 2, 1.0, 0, 0, 0]), arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    fid.main([str(adm), str(adm)])
+    out, line = capsys.readouterr()
+    assert "FID 0.000000" in out and "N = 4 and 4" in line and "N = 7" in line
+    assert "do not compare" in fid_refuses(capsys, tmp_path / "s.npz", b, "--inception", inception, "--resize", "tf1")
+
+
+def test_fid_bad_input(tmp_path, inception, capsys):
+    good, gone = save_tree(tmp_path / "good", [(16, 16)] * 2), tmp_path / "pt_inception-2015-12-05-6726825d.pth"
+    for name, arrays in {"other": {"x": np.zeros(3)}, "float": {"arr_0": np.zeros((2, 8, 8, 3))}, "object": {"arr_0": np.array([{}])},
+                         "nan": {"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "pickle": {"mu": np.array([{}]), "sigma": np.eye(4)},
+                         "full": {"arr_0": np.stack([fid_picture(i, 16, 16) for i in range(9)])}}.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    whole = (tmp_path / "full.npz").read_bytes()
+    for name, data in (("full.zip", whole), ("short.npz", whole[:3000]), ("flip.npz", whole[:3000] + bytes([whole[3000] ^ 64]) + whole[3001:])):
+        (tmp_path / name).write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "lies.npz", "w") as z, zipfile.ZipFile(tmp_path / "claims.npz", "w") as c:
+        z.writestr("arr_0.npy", whole[whole.index(b"\x93NUMPY"):][:5000].replace(b"(9, 16, 16, 3), }     ", b"(900009, 16, 16, 3), }"))
+        c.writestr("mu.npy", b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<f8', 'fortran_order': False, 'shape': (900000000,), }".ljust(117) + b"\n")
+        c.writestr("sigma.npy", b"")
+    (save_tree(tmp_path / "broken", [(16, 16)]) / "bad.png").write_bytes((good / "0" / "000.png").read_bytes()[:60])
+    torch.save({"conv.weight": torch.zeros(2), "epoch": 3}, tmp_path / "wrong.pth")
+    (tmp_path / "cut.pth").write_bytes(inception.read_bytes()[:100000])
+    for args, words in {
+            (): "required", (good,): "FAKE is missing", (good, good, "--resiz", "tf1"): "unrecognized", (good, good, "--resize", "x"): "invalid choice",
+            (good, tmp_path / "none"): "No such file", (good, tmp_path / "full.zip"): "no pictures", (good, tmp_path / "other.npz"): "arr_0",
+            (good, tmp_path / "float.npz"): "uint8", (good, tmp_path / "object.npz"): "object", (good, tmp_path / "short.npz"): "short.npz",
+            (tmp_path / "nan.npz",) * 2: "finite", (tmp_path / "pickle.npz",) * 2: "OBJECT", (good, tmp_path / "cut.pth"): "cut.pth",
+            (tmp_path / "claims.npz",) * 2: "cannot reshape", (good, good, "--inception", gone): f"fid_weights/{gone.name}",
+            (good, good, "--inception", tmp_path / "wrong.pth"): "names missing", (good, good, "--inception", tmp_path / "cut.pth"): "damaged",
+            (tmp_path / "broken", good, "--inception", inception): "bad.png"}.items():
+        assert words in fid_refuses(capsys, *args), args
+    for source, word in (("broken", "bad.png"), ("flip.npz", "flip.npz"), ("lies.npz", "00000006 in ")):
+        with pytest.raises(fid.UserError, match=word):
+            list(fid.images(tmp_path / source))
+
+
+# ---- Files from strangers: nothing in them runs, a wrong one names itself, a broken one is one line
+
+ERRORS = (tok.UserError, dec.UserError, fid.UserError)
+
+
+def sentence(read, path):
+    """The sentence with which `read` refuses the file, "" where it takes it; other exceptions go through."""
+    try:
+        read(path)
+    except ERRORS as e:
+        said, cause = " ".join(str(e).split()), e
+        while cause := cause.__context__:
+            assert not isinstance(cause, MemoryError), said  # nothing may ask for what a file claims
+        assert str(path) in said and len(said) < 1500 + len(str(path)) and "trust" not in said and said.isprintable(), said
+        return said
+    return ""
+
+
+def dinov2(width=64):
+    state = tok.ViT(width=width, depth=2, heads=2, registers=2, layer_scale=True, patch=14, grid=2).state_dict()
+    return state | {"mask_token": torch.zeros(1, width)}
+
+
+def clip(dtype=torch.float32):
+    """{name: tensor} in OpenAI's names, both towers, matrices in `dtype`, with the scalars that the archives hold."""
+    w, ab = lambda *s: torch.randn(s, generator=torch.Generator().manual_seed(sum(s))), ("weight", "bias")
+    state = {"token_embedding.weight": w(99, 32), "positional_embedding": w(77, 32), "text_projection": w(32, 32),
+        "visual.proj": w(64, 32),
+             "visual.conv1.weight": w(64, 3, 4, 4), "visual.class_embedding": w(64), "visual.positional_embedding": w(5, 64)}
+    state |= {f"{ln}.{n}": w(d) for ln, d in (("ln_final", 32), ("visual.ln_pre", 64), ("visual.ln_post", 64)) for n in ab}
+    for at, d in (("transformer.resblocks.0.", 32), ("visual.transformer.resblocks.0.", 64)):
+        state |= {f"{at}attn.in_proj_weight": w(3 * d, d), f"{at}attn.in_proj_bias": w(3 * d)} | {f"{at}ln_{i}.{n}": w(d)
+            for i in (1, 2) for n in ab}
+        for name, out, into in (("attn.out_proj", d, d), ("mlp.c_fc", 4 * d, d), ("mlp.c_proj", d, 4 * d)):
+            state |= {f"{at}{name}.weight": w(out, into), f"{at}{name}.bias": w(out)}
+    state = {k: v.to(dtype) if v.ndim > 1 else v for k, v in state.items()}
+    return state | {k: torch.tensor(n) for k, n in (("logit_scale", 4.6), ("input_resolution", 8), ("context_length", 77),
+        ("vocab_size", 99))}
+
+
+class Branch(nn.Sequential):
+    """A module whose children and tensors have any names; torch.jit keeps them all."""
+
+    def forward(self, x):
+        return x + 1
+
+
+def torchscript(state, path):
+    """What OpenAI published: the tensors as attributes of a traced module, and a mask that is no weight."""
+    root = Branch()
+    for name, tensor in state.items():
+        node, (*above, last) = root, name.split(".")
+        for step in above:
+            if step not in node._modules:
+                node.add_module(step, Branch())
+            node = node._modules[step]
+        node.register_buffer(last, tensor)
+    root.transformer.attn_mask = torch.zeros(77, 77)
+    with warnings.catch_warnings(action="ignore"):  # torch deprecates what OpenAI used
+        torch.jit.trace(root.eval(), torch.zeros(1), check_trace=False).save(str(path))
+    return path.read_bytes()
+
+
+def members(data):
+    with zipfile.ZipFile(io.BytesIO(data)) as z:
+        return {name: z.read(name) for name in z.namelist()}
+
+
+def zipped(parts, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(made := io.BytesIO(), "w", method) as z:
+        for name, data in parts.items():
+            z.writestr(name, data)
+    return made.getvalue()
+
+
+def written(write, *args, **more):
+    """The bytes that `write` leaves: of torch.save(content, file), np.savez(file, ...), Image.save(file, ...)."""
+    made = io.BytesIO()
+    write(args[0], made, **more) if write is torch.save else write(made, *args, **more)
+    return made.getvalue()
+
+
+OLD = {"_use_new_zipfile_serialization": False}  # torch's format before 1.6
+
+
+def safetensors(tensors, header=None):
+    """The bytes of a .safetensors file; `header` (a dict or bytes) replaces the true one."""
+    names, entries, blob = {v: k for k, v in tok.DTYPES.items()}, {}, b""
+    for k, v in tensors.items():
+        raw = v.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        entries[k] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [len(blob), len(blob) + len(raw)]}
+        blob += raw
+    header = entries if header is None else header
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + blob
+
+
+class Run:
+    """Unpickling it calls f(*args)."""
+
+    def __init__(self, f, *args):
+        self.call = f, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_files_made_to_run_code_do_not(tmp_path):
+    mark, inner = tmp_path / "ran.npy", tmp_path / "inner.pkl"
+    m, script = str(mark), members(torchscript(clip(), tmp_path / "script.pt"))
+    root = next(k for k in script if k.endswith("/data.pkl"))
+    inner.write_bytes(pickle.dumps(Run(os.mkdir, m)))
+    harms = [Run(os.system, f"touch {m}"), Run(exec, f"open({m!r}, 'w')"), Run(eval, f"open({m!r}, 'w')"), Run(open, m, "w"),
+        Run(os.mkdir, m),
+             Run(subprocess.check_call, ["touch", m]), Run(np.save, m, 0), Run(torch.save, 0, m),
+             Run(getattr, Run(open, m, "w"), "name"),
+             Run(functools.partial(torch.load, weights_only=False), inner)]
+    readers = [tok.load_encoder, tok.load_text_encoder, dec.load_vae, RepTok.load, one.encoder, fid.read_statistics]
+    for n, harm in enumerate(harms):
+        with contextlib.suppress(RuntimeError):  # of torch.load, after it has run inner.pkl
+            pickle.loads(pickle.dumps(harm))  # the other unpickler does harm
+        assert mark.exists(), harm.call
+        mark.rmdir() if mark.is_dir() else mark.unlink()
+        bare = {"kind": "prior", "state_dict": {"cls_token": torch.ones(1), "x": harm}, "config": harm}
+        data = pickle.dumps(bare | {"state_dict": harm, "state": 0}, n % 6)
+        files = {"zip.pt": written(torch.save, bare), "whole.pt": written(torch.save, harm),
+            "zip.ckpt": written(torch.save, bare),
+                 "old.pth": written(torch.save, bare, **OLD), "plain.pth": data, "plain.ckpt": data, "plain.safetensors": data,
+                 "plain.npz": data,
+                 "script.pt": zipped(script | {root: data}),
+                 "mu.npz": written(np.savez, mu=np.array([harm], object), sigma=np.eye(1))}
+        for name in files:
+            (tmp_path / name).write_bytes(files[name])
+            for read in readers + [fid.load_inception] * (n == 0 and name in ("zip.pt", "old.pth", "script.pt")):
+                assert sentence(read, tmp_path / name), (read, name)  # none of them is a whole encoder, VAE or checkpoint
+                assert not mark.exists(), (harm.call, read, name)
+    for script, *options in ("sample.py", "--ckpt"), ("train_stage1.py", "--out", tmp_path / "o",
+            "--encoder"), ("train_stage1.py", "--out", tmp_path / "o", "--vae"):
+        assert "zip.ckpt" in command(script, *options, tmp_path / "zip.ckpt", ok=False) and not mark.exists()
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+def test_classes_of_other_packages_load_inertly(tmp_path):
+    """A file of Lightning's kind, with classes that cannot be imported when it is read."""
+    gone, state = types.ModuleType("gone"), dinov2()
+    for base in (dict, list, set, object, collections.OrderedDict, collections.defaultdict,
+            collections.namedtuple("Pair", "a b")):
+        setattr(gone, base.__name__, type(base.__name__, (base,), {"__module__": "gone"}))
+    gone.Slots, gone.Colour, Colour.__module__ = type("Slots", (), {"__slots__": ("a",), "__module__": "gone"}), Colour, "gone"
+    node, slots, pair = gone.object(), gone.Slots(), gone.Pair(1, torch.ones(1))
+    node.__dict__.update(_content={"scale_factor": 1.3}, _parent=node)
+    slots.a = 1
+    other = [gone.dict(a=1), gone.list([1, 2]), gone.set([3]), gone.OrderedDict(b=2), gone.defaultdict(list, c=[1]), node, pair,
+        slots, Colour.RED,
+             {Colour.RED: 1, gone.object: 2, pair: 3, (1, 2): 4}, PurePosixPath("/a"), np.float64(3), np.arange(3), {1, 2},
+             functools.partial(max, 1),
+             collections.Counter("aab"), collections.deque([1]), torch.device("cpu"), torch.bfloat16, torch.Size([1]), 1j,
+             range(3), b"x", bytearray(b"y"),
+             frozenset([1]), nn.Linear(1, 1), torch.complex(torch.ones(1), torch.ones(1))]
+    lightning = {"epoch": 1, "state_dict": collections.OrderedDict(state), "hyper_parameters": node, "callbacks": other,
+        "loops": {"x": other}}
+    for more in {}, {"pickle_protocol": 3}, {"pickle_protocol": 4}, {"pickle_protocol": 5}:
+        sys.modules["gone"] = gone
+        (tmp_path / "a.ckpt").write_bytes(written(torch.save, lightning, **more))
+        del sys.modules["gone"]
+        settings = tok.read_file(tmp_path / "a.ckpt")["hyper_parameters"]
+        assert settings["_content"]["scale_factor"] == 1.3 and "gone" not in sys.modules
+        loaded = tok.load_encoder(tmp_path / "a.ckpt").state_dict()
+        assert all(torch.equal(loaded[k], state[k]) for k in loaded) and len(loaded) == len(state) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_torchscript_archive_of_clip_equals_its_state_dict(tmp_path, dtype):
+    torchscript(state := clip(dtype), tmp_path / "script.pt"), torch.save(state, tmp_path / "state.pt")
+    for read in (tok.load_encoder, tok.load_text_encoder):
+        a, b = (read(tmp_path / name).state_dict() for name in ("script.pt", "state.pt"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == torch.float32 for k in a)
+
+
+def test_safetensors(tmp_path):
+    path, state, two, huge = tmp_path / "a.safetensors", dinov2(), {"a": torch.zeros(4), "b": torch.zeros(4)}, 2**40
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        path.write_bytes(safetensors({k: v.to(dtype) for k, v in state.items()}))
+        assert all(torch.equal(v, state[k].to(dtype).float()) for k, v in tok.load_encoder(path).state_dict().items())
+    entry = lambda shape, a, b, dtype="F32": {"dtype": dtype, "shape": shape, "data_offsets": [a, b]}
+    lies = [([8], 16, 48), ([huge], 0, 4 * huge), ([-4], 0, 16), ([-2, -2], 0, 16), ([4], -16, 0), ([4], 16, 0), ([3], 0, 16),
+        ([huge, huge], 0, 16),
+            ([4], 0, 16, "F99"), ([[0], huge], 0, 16), (["x", huge], 0, 16), ([4.0], 0, 16), ([4], 0.0, 16.0), ([4], "0", "16")]
+    headers = [{"a": entry(*lie)} for lie in lies] + [{"a": entry([4], 0, 16), "b": entry([4], at, at + 16)}
+        for at in (0, 12)] + [
+        {}, {"a": 1}, {"a": {}}, {"a": None}, {"__metadata__": {"x": "y"}}, b'{"a": ', b"{}}}", b"{" + b"[" * 10**5,
+        b'{"a":' * 10**5,
+        b'{"a": ' + b"9" * 10**5 + b"}", b"{\xff\xfe}", b'{"a": [NaN]}', b'{"a": {"dtype": "F32", "shape": [4]}}']
+    files = [safetensors(two, header) for header in headers] + [n.to_bytes(8, "little") + safetensors(two)[8:]
+        for n in (0, 1, 17, 2**32, 2**44, 2**63)]
+    files += [safetensors(two, {"a" * 10**6: entry([4], 0, 16),
+        "\x1b[2J\n\u202e": entry([4], 16, 32)})]  # names not for a terminal
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    for n, data in enumerate(files):
+        path.write_bytes(data)
+        for read in tok.load_encoder, dec.load_vae:  # all but the last by the reader, not for missing tensors
+            assert ("weight file" if n < len(files) - 1 else "missing") in sentence(read, path), n
+    assert time.process_time() - began < 20 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # KiB
+
+
+def test_wrong_files_name_themselves(tmp_path):
+    t, whole, path = torch.zeros, dinov2(), tmp_path / "a.pth"
+    inception = {f"Mixed_5b.branch1x1_{i}.conv.weight": t(1) for i in range(9)} | {"fc.weight": t(9, 9)}
+    heads, vgg = {f"lin{i}.model.1.weight": t(1, 4, 1, 1) for i in range(5)}, {f"features.{i}.weight": t(1) for i in range(9)}
+    vae = {"first_stage_model." + k.replace("mid_block.resnets.0", "mid.block_1"): v for k,
+        v in dec.VAE((32,) * 4).state_dict().items()}
+    cut = {k: v for k, v in whole.items() if not k.startswith(("blocks.1", "norm"))} | {"blocks.1.norm1.weight": t(64)}
+    for content, read, looks, missing, unexpected in [
+            (inception, tok.load_encoder, "FID Inception", "cls_token", "Mixed_5b"),
+            (inception, dec.load_vae, "FID Inception", "encoder.conv_in", "Mixed"),
+            (inception, tok.load_text_encoder, "FID Inception", "token_embedding.weight", "Mixed"),
+            (vae, tok.load_encoder, "SD VAE", "cls_token", "first_"),
+            (whole, dec.load_vae, "DINOv2", "encoder.conv_in.weight", "cls_token"),
+            (heads, tok.load_encoder, "LPIPS", "cls_token", "lin0"),
+            (vgg, dec.load_vae, "VGG16", "encoder.conv_in", "features.0"),
+            (cut, tok.load_encoder, "DINOv2", "blocks.1.norm1.bias", "none"),
+            (clip(), dec.load_vae, "CLIP", "encoder.conv_in", "text_projection"),
+            (whole, tok.load_text_encoder, "DINOv2", "token_embedding", "cls_token"),
+            (dinov2(32) | {"cls_token": t(1, 1, 64)}, tok.load_encoder, "DINOv2", "cls_token (1, 1, 32)",
+            "cls_token (1, 1, 64)")]:
+        torch.save(content, path)
+        said = re.fullmatch(r".*: not (an? .*); it looks like (.*); missing (\d+): (.*); unexpected (\d+): (.*)",
+            sentence(read, path))
+        assert said and looks in said[2] and missing in said[4] and unexpected in said[6], said
+        assert {dec.load_vae: "SD VAE", tok.load_encoder: "image encoder", tok.load_text_encoder: "text tower"}[read] in said[1]
+        assert all(len(re.findall(r"[\w.]+ \([\d, ]*\)", said[n + 1])) == min(5, int(said[n])) for n in (3, 5)), said
+    torch.save(inception, path)
+    assert "FID Inception" in sentence(one.encoder, path) and "RepTok" in sentence(RepTok.load, path)
+    path.write_bytes(written(torch.save, whole)[:-1000])
+    assert "cut short" in sentence(tok.load_encoder, path)
+
+
+def test_crafted_pickles_take_neither_time_nor_memory(tmp_path):
+    path, nested = tmp_path / "a.pt", [0]
+    inside = members(written(torch.save, {"full": torch.ones(2), "empty": torch.empty(0)}))
+    pkl = next(k for k in inside if k.endswith("/data.pkl"))
+    for _ in range(30):
+        nested = [nested] * 10  # as text it would have 10**30 letters
+    for content in {"kind": nested}, {"kind": "stage1", "tokenizer": nested}, {"kind": "prior", "config": {"width": nested}, "state": {}}:
+        torch.save(content, path)
+        assert sentence(RepTok.load, path) and sentence(one.encoder, path)
+    tuples = b"".join(b"(" + (b"h" + bytes([i])) * 10 + b"tq" + bytes([i + 1]) + b"0" for i in range(30))
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"1X\3\0\0\0cpuK\0tQ"  # member data/1 is the empty one
+    grown = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0K\0\x85K\1\x85\x89NtR(" + storage + b"K\0J\0\0\0\x10\x85K\1\x85tb."
+    path.write_bytes(zipped(inside | {pkl: b"\x80\2K\0\x85q\0000" + tuples + b"}h\x1eK\1s."}))
+    assert "nested" in sentence(tok.read_file, path)  # a dict whose key takes 10**30 steps to hash
+    path.write_bytes(zipped(inside | {pkl: b"\x80\2" + grown}))
+    assert sentence(tok.read_file, path) or tok.read_file(path).numel() == 0  # a state of 2**28 numbers for an empty tensor
+
+
+def broken(data, draw):
+    """A copy cut short, with a piece overwritten, dropped or doubled, or with bits flipped."""
+    b, how, at, n = bytearray(data), draw.randrange(8), draw.randrange(len(data)), draw.choice((1, 2, 4, 8, 32))
+    if how == 0:
+        return bytes(b[:at])
+    if how < 4:
+        b[at:at + n] = (bytes([draw.choice((0, 1, 127, 255))]) * n, b"", bytes(b[at:at + n]) * 2)[how - 1]
+    for _ in range(n * (how > 3)):
+        b[draw.randrange(len(b)) if how == 4 else min(at + draw.randrange(3), len(b) - 1)] ^= 1 << draw.randrange(8)
+    return bytes(b)
+
+
+def bent(node, draw):
+    """A copy of nested dicts and tensors with one entry of another value, shape or type, renamed or lost."""
+    node, key = dict(node), draw.choice(list(node))
+    value, how = node.pop(key), draw.randrange(10)
+    if isinstance(value, dict) and value and how:
+        node[key] = bent(value, draw)
+    elif isinstance(value, torch.Tensor) and how > 1:
+        flat = value.flatten()
+        node[key] = draw.choice([value[None], flat, flat[:1], flat[:0], value.to(draw.choice(list(tok.DTYPES.values()))),
+            torch.cat([flat, flat]),
+                                 value.reshape(-1, 1), value.mT if value.ndim > 1 else flat, value[:len(flat) // 2]
+                                 if value.ndim else flat])
+    elif how != 2:  # a wrong size, kind or shape somewhere
+        node[draw.choice([*node, "odd"]) if how == 3 else key] = draw.choice(
+            [0, -1, 1, 7, 2**20, 2**31, 2**62, 2**70, 0.5, 1e308, math.nan, None, True, "cls", "x" * 99, [], [1, 2], {}, {"a": 1},
+            b"x", (3, 4)])
+    return node
+
+
+def look(path):
+    """Both readers of pictures; the trainers' may skip what cannot be read."""
+    source = path.parent if path.parent.name == "data" else path
+    found = one.Pictures(source, 8)
+    for i in range(len(found)):
+        for use in [found.read] + [found.captions] * (i in found.texts) + [found.features] * (i in found.npz):
+            with contextlib.suppress(tok.UserError):
+                use(i)
+    if path.suffix not in (".tar", ".tsv", ".jsonl"):
+        list(fid.images(source, workers=1))
+
+
+def kinds(tmp):
+    """(reader, file name, whole file, functions draw -> broken file) of everything that is read from strangers."""
+    torch.manual_seed(0)
+    vit = tok.ViT(width=8, depth=1, heads=1, hidden=8, patch=4, grid=2, pixels=8)
+    small, mixer = dec.Decoder(3, 4, 2, 8, 1, 1, 4, 8), mix.Mixer(1, 8, 8, 1, 2)
+    stage2 = RepTok(tok.Tokenizer(vit), small, dec.PixelSpace(), mixer, torch.zeros(1, 1, 8), torch.ones(1, 1, 8),
+        ["a", "b"]).parts()
+    stage1 = {k: v for k, v in stage2.items() if k not in ("mixer", "latent")} | {"kind": "stage1",
+        "ema": {"tokenizer.embedding": torch.zeros(1, 1, 8)}}
+    prior, state = {"kind": "prior", "settings": {}, "config": vit.config, "state": vit.state_dict()}, vit.state_dict()
+    hf = {k.replace("qkv", part).replace("cls_token", "embeddings.cls_token"): v[:8] if "qkv" in k else v for k,
+        v in state.items() for part in "qkv"}
+    for read, name, content in [(RepTok.load, "a.ckpt", stage1), (RepTok.load, "a.pt", stage2), (one.encoder, "a.pt", prior),
+            (tok.load_encoder, "a.pth", hf),
+                                (dec.load_vae, "a.ckpt", dec.VAE((32,) * 4).state_dict()), (tok.load_encoder, "b.pt", clip()),
+                                (tok.load_text_encoder, "c.pt", clip())]:
+        data = torchscript(content, tmp / name) if name == "c.pt" else written(torch.save, content)
+        inside = members(data)
+        pkl = next(k for k in inside if k.endswith("/data.pkl"))
+        yield read, name, data, [lambda draw: broken(data, draw), lambda draw: zipped(inside | {pkl: broken(inside[pkl], draw)}),
+                                 lambda draw: written(torch.save, bent(content, draw))]
+    for data in written(torch.save, {"weight": torch.ones(1, 1)}), written(torch.save, {"weight": torch.ones(1, 1)}, **OLD):
+        yield lambda path: fid.load_weights(nn.Linear(1, 1, bias=False), path,
+            "a layer"), "a.pth", data, [lambda draw: broken(data, draw)]
+    data = safetensors({k: v.half() for k, v in hf.items()})
+    end = 8 + int.from_bytes(data[:8], "little")
+    yield tok.load_encoder, "a.safetensors", data, [lambda draw: broken(data[:end], draw) + data[end:], lambda draw: safetensors(
+        {k: v for k, v in bent(hf, draw).items() if isinstance(v, torch.Tensor)})]
+    image, photos = Image.fromarray(np.random.default_rng(0).integers(256, size=(9, 12, 3), dtype=np.uint8)), []
+    for kind, mode, more in [("png", "RGB", {}), ("png", "I;16", {}), ("png", "P", {}), ("jpeg", "RGB", {}),
+            ("jpeg", "RGB", {"progressive": True}), ("gif", "P", {}),
+                             ("tiff", "RGB", {}), ("tiff", "RGB", {"compression": "tiff_lzw"}), ("webp", "RGB", {}),
+                             ("bmp", "RGB", {}), ("ppm", "RGB", {})]:
+        photos.append(data := written(image.convert("I" if mode == "I;16" else mode).convert(mode).save, kind, **more))
+        yield look, f"data/a.{kind}", data, [lambda draw: broken(data, draw)]
+    npz = {"mu": np.zeros(4), "sigma": np.eye(4), "n": np.array(5),
+        "resize": np.array("tf1")}, {"arr_0": np.zeros((3, 4, 5, 3), np.uint8)}, {"features": np.zeros((2, 3))}
+    npz = [written(np.savez, **arrays) for arrays in npz]
+    headers = lambda data, draw: zipped({k: broken(v[:128], draw) + v[128:] for k, v in members(data).items()})  # of the arrays
+    for read, data in (fid.read_statistics, npz[0]), (lambda path: list(fid.images(path, 1)), npz[1]):
+        yield read, "a.npz", data, [lambda draw: broken(data, draw), lambda draw: headers(data, draw)]
+    said = {"a/x.png": photos[0], "a/x.txt": b"one\ntwo", "a/x.npz": npz[2], "b/y.png": photos[0],
+        "b/y.json": b'{"caption": "three"}'}
+    data = zipped(said, zipfile.ZIP_DEFLATED)
+    yield look, "a.zip", data, [lambda draw: broken(data, draw),
+        lambda draw: zipped({k: broken(v, draw) if k[-1] != "g" else v for k, v in said.items()}),
+                                lambda draw: zipped(said | {"a/x.npz": headers(npz[2], draw)})]
+    with tarfile.open(fileobj=(made := io.BytesIO()), mode="w") as shard:
+        for name, member in said.items():
+            (info := tarfile.TarInfo(name)).size = len(member)
+            shard.addfile(info, io.BytesIO(member))
+    (tmp / "a.png").write_bytes(photos[0])
+    for name, data in ("a.tar", made.getvalue()), ("a.tsv", b"a.png\ta caption\n" * 3), ("a.jsonl",
+            b'{"file": "a.png", "caption": ["one", "two"]}\n' * 3):
+        yield look, name, data, [lambda draw: broken(data, draw)]
+
+
+class Hang(BaseException):
+    """Nothing under test catches it."""
+
+
+def fuzz(tmp, each):
+    """`each` broken files of every kind; prints what went wrong and how many were tried. Runs in a process of its own."""
+    def hang(*_):
+        raise Hang
+
+    faulthandler.enable(), warnings.simplefilter("ignore"), (tmp / "data").mkdir()
+    signal.signal(signal.SIGPROF, hang)  # after processor time, for the machine may have other work
+    draw, tried, taken = random.Random(0), 0, 0
+    for read, file, whole, makes in kinds(tmp):
+        path = tmp / file
+        path.write_bytes(whole), read(path)  # the whole file is taken; what is imported late is in memory then
+        size = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) if sys.platform == "linux" else 0
+        if size:
+            resource.setrlimit(resource.RLIMIT_AS, (size * 1024 + 2**30, -1))  # beyond it an allocation fails
+        for n in range(each * len(makes)):
+            path.write_bytes(makes[n % len(makes)](draw))
+            tried, error = tried + 1, None
+            try:
+                signal.setitimer(signal.ITIMER_PROF, 2)
+                read(path)
+                taken += 1
+            except ERRORS as e:
+                said = error = e
+                while error and not (isinstance(error, MemoryError) or "allocate" in str(error)):
+                    error = error.__context__  # what was refused for want of memory had been tried
+                error = error or (said if len(str(said)) > 2000 else None)
+            except (Exception, Hang) as e:
+                error = e
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            if error:
+                kept = path.replace(tmp / f"bad{tried}-{path.name}")
+                print(kept, repr(error)[:200], "".join(traceback.format_tb(error.__traceback__)[-2:]).replace("\n", " "))
+        path.unlink(missing_ok=True)
+    print(f"{tried} files, {taken} taken")
+
+
+def test_broken_files_of_every_kind(tmp_path):
+    """At least 2,000: each is read or refused in one line, within 2 s and 1 GiB."""
+    code = f"import {Path(__file__).stem} as t, pathlib; t.fuzz(pathlib.Path({str(tmp_path)!r}), 48)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    *bad, last = done.stdout.splitlines() or [""]
+    assert done.returncode == 0 and not bad and int(last.split()[0]) >= 2000, "\n".join([*bad, done.stderr[-3000:]])
 
 
 # ---- Scores of a checkpoint of the default data:  python test_all.py --score out/stage2.pt

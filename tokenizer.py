@@ -293,33 +293,59 @@ class Inert(dict):
 
 
 class SafeUnpickler(pickle._Unpickler):
-    """Builds tensors and plain containers from the pickle inside a torch or TorchScript archive, and Inert for all else.
+    """Builds tensors and plain containers from the pickle inside a torch file, and Inert for all else.
 
-    The Python unpickler, since the one in C allocates what a length field claims; so does BYTEARRAY8, which torch never writes.
+    stream: the pickle; fetch(key, dtype): a 1-D tensor. The Python unpickler, since the one in C allocates what a length
+    field claims; so does its BYTEARRAY8.
     """
-    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    dispatch = dict(pickle._Unpickler.dispatch)
 
-    def __init__(self, archive, root):
-        super().__init__(archive.open(f"{root}/data.pkl"), encoding="bytes")
-        self.archive, self.root, self.storages = archive, root, {}
+    def __init__(self, stream, fetch):
+        super().__init__(stream, encoding="bytes")
+        self.fetch, self.storages = fetch, {}
+
+    def load_bytearray8(self):
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    def load_build(self):
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Inert):  # on anything else a state could replace methods or enlarge a storage
+            self.stack[-1].__setstate__(state)
+
+    def hashing(load, keys):
+        def checked(self):
+            if any(isinstance(part, tuple) for key in self.stack[keys] if isinstance(key, tuple) for part in key):
+                raise ValueError("a key of nested tuples")  # to hash one can take exponential time
+            load(self)
+        return checked
+
+    dispatch.update({pickle.BYTEARRAY8[0]: load_bytearray8, pickle.BUILD[0]: load_build})
+    for code, keys in ((pickle.SETITEM, slice(-2, -1)), (pickle.SETITEMS, slice(0, None, 2)), (pickle.DICT, slice(0, None, 2)),
+                       (pickle.ADDITEMS, slice(None)), (pickle.FROZENSET, slice(None))):
+        dispatch[code[0]] = hashing(dispatch[code[0]], keys)
 
     def find_class(self, module, name):
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        allowed = {("collections", "OrderedDict"): OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
+        allowed = {("collections", "OrderedDict"): lambda *_: OrderedDict(), ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
                    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data, ("torch", "Size"): tuple}
         return allowed.get((module, name), Inert)
 
     def persistent_load(self, pid):
-        _, dtype, key, _, numel = pid
+        _, dtype, key, _, numel = pid[:5]
+        if not isinstance(dtype, torch.dtype):  # complex and quantized numbers: no weights
+            return Inert()
+        if type(key) is not str or type(numel) is not int:
+            raise ValueError("a storage without a name or size")
         if key not in self.storages:
-            data = self.archive.read(f"{self.root}/data/{key}")
-            self.storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            self.storages[key] = self.fetch(key, dtype)
         return self.storages[key][:numel]
 
     @staticmethod
     def tensor(storage, offset, size, stride, *_):
-        if math.prod(size) > len(storage):  # a zero stride would claim any size
+        if isinstance(storage, Inert):
+            return storage
+        if any(type(n) is not int for n in size) or math.prod(size) > len(storage):  # a zero stride would claim any size
             raise ValueError("a tensor is larger than its data")
         return storage.as_strided(size, stride, offset)
 
@@ -330,10 +356,15 @@ def read_zip(path):
         roots = [name[:-len("/data.pkl")] for name in archive.namelist() if name.endswith("/data.pkl")]
         if not roots:
             raise ValueError("it is a zip archive, but not of torch")
-        stored = [i for i in archive.infolist() if i.compress_type == zipfile.ZIP_STORED]
-        if len(stored) < len(archive.infolist()) or sum(i.file_size for i in stored) > os.path.getsize(path):
-            raise ValueError("its members are compressed or overlap, which torch never writes")
-        return SafeUnpickler(archive, roots[0]).load()
+        used = [i for i in archive.infolist() if i.filename.startswith((f"{roots[0]}/data.pkl", f"{roots[0]}/data/"))]
+        if any(i.compress_type or i.compress_size != i.file_size for i in used) or sum(i.file_size for i in used) > os.path.getsize(path):
+            raise ValueError("its tensors are compressed or overlap, which torch never writes")  # TorchScript compresses its code
+
+        def fetch(key, dtype):
+            data = archive.read(f"{roots[0]}/data/{key}")
+            return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+        return SafeUnpickler(archive.open(f"{roots[0]}/data.pkl"), fetch).load()
 
 
 def read_safetensors(path):
@@ -357,6 +388,11 @@ def read_safetensors(path):
     return tensors
 
 
+def plain(text, length=80):
+    """Text of a stranger's file made fit for a line of a terminal: printable and short."""
+    return "".join(c if c.isprintable() else "?" for c in text[:length]) + "..." * (len(text) > length)
+
+
 def read_file(path):
     """What a weight file or checkpoint holds, whatever its ending says; never runs code from it. Raises UserError."""
     path = Path(path)
@@ -369,13 +405,11 @@ def read_file(path):
             return read_zip(path)
         if magic[8:] == b"{":
             return read_safetensors(path)
-        if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 6):
-            raise UserError(f"{path}: torch {torch.__version__} does not read this old format safely (CVE-2025-32434); install 2.6 or newer")
-        return torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
+        raise UserError(f"{path}: neither a .safetensors nor a torch file; one from before torch 1.6 has to be saved again by a newer torch")
     except UserError:
         raise
     except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
-        reason = str(e).split("\n")[0][:120] or type(e).__name__
+        reason = plain(str(e).split("\n")[0], 120) or type(e).__name__
         raise UserError(f"{path}: not a readable weight file, or cut short ({reason}); get it again") from None
 
 
@@ -411,14 +445,15 @@ LOOKS = [("first_stage.", "the authors' RepTok checkpoint"), ("Mixed_5b", "the F
 
 def fit(module, tensors, path, what):
     """Load `tensors` into `module` as float32; a UserError says what the file looks like and up to five names of each kind."""
-    want = module.state_dict()
-    missing = [k for k in want if k not in tensors or tensors[k].shape != want[k].shape]
-    unexpected = [k for k in tensors if k not in want or tensors[k].shape != want[k].shape]
+    want, tensors = module.state_dict(), {str(k): v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+    alike = {k for k in want if k in tensors and tensors[k].shape == want[k].shape and tensors[k].is_floating_point() == want[k].is_floating_point()}
+    missing, unexpected = ([k for k in names if k not in alike] for names in (want, tensors))
     if missing or unexpected:
         looks = next((text for part, text in LOOKS if any(part in k for k in tensors)), "something unknown")
-        names = lambda keys: ", ".join(f"{k} {tuple(tensors[k].shape) if k in tensors else tuple(want[k].shape)}" for k in keys[:5]) or "none"
-        raise UserError(f"{path}: not {what}; it looks like {looks}; missing {len(missing)}: {names(missing)}; "
-                        f"unexpected {len(unexpected)}: {names(unexpected)}")
+        kind = lambda t: f"{tuple(t.shape[:8])}{'' if t.is_floating_point() else ' of whole numbers'}"
+        names = lambda keys, of: ", ".join(f"{plain(k)} {kind(of[k])}" for k in keys[:5]) or "none"
+        raise UserError(f"{path}: not {what}; it looks like {looks}; missing {len(missing)}: {names(missing, want)}; "
+                        f"unexpected {len(unexpected)}: {names(unexpected, tensors)}")
     module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, assign=True)
     return module
 
@@ -454,7 +489,7 @@ def rename(tensors, table):
         else:
             out[name] = tensor
     for name, qkv in parts.items():
-        if set(qkv) == set("qkv"):
+        if set(qkv) == set("qkv") and len({t.shape for t in qkv.values()}) == 1 and qkv["q"].ndim:
             out[name] = torch.cat([qkv["q"], qkv["k"], qkv["v"]])
         else:
             out[f"{name} ({', '.join(sorted(qkv))} alone)"] = next(iter(qkv.values()))
@@ -479,14 +514,15 @@ def vit_from(tensors, path):
     shape = {k: tuple(v.shape) for k, v in tensors.items()}
     pos, proj, fc1 = shape.get("pos_embed", ()), shape.get("patch_embed.proj.weight", ()), shape.get("blocks.0.mlp.fc1.weight", ())
     config = {"width": 768, "depth": 12, "patch": 14, "grid": 37, "heads": 12}  # only to name what is missing
-    if len(pos) >= 2 and len(proj) == 4 and len(fc1) == 2 and "cls_token" in tensors:
+    if (2 <= len(pos) <= 3 and 0 not in pos and len(proj) == 4 and 0 not in proj and len(fc1) == 2 and "cls_token" in tensors
+            and len(shape.get("register_tokens", (1, 0, 0))) == 3):
         scaled, width, grid = "blocks.0.ls1.gamma" in tensors, pos[-1], math.isqrt(max(pos[-2] - 1, 0))
         config = {"width": width, "depth": len(set(blocks)), "heads": heads_of(width), "hidden": fc1[0], "patch": proj[-1], "grid": grid,
                   "registers": shape.get("register_tokens", (1, 0, 0))[1], "layer_scale": scaled, "pre_norm": bool(clip), "quick_gelu": bool(clip),
                   "patch_bias": not clip, "eps": 1e-5 if clip else 1e-6, "pixels": 16 * proj[-1] if scaled else grid * proj[-1],
                   "position": "offset" if scaled and "register_tokens" not in tensors else "size"}
         config["mean"], config["std"] = CLIP if clip else IMAGENET
-        tensors["cls_token"], tensors["pos_embed"] = tensors["cls_token"].view(1, 1, -1), tensors["pos_embed"].view(1, -1, width)
+        tensors["cls_token"], tensors["pos_embed"] = tensors["cls_token"].reshape(1, 1, -1), tensors["pos_embed"].reshape(1, -1, width)
         tensors.setdefault("register_tokens", torch.zeros(1, 0, width))
     with torch.device("meta"):
         vit = ViT(**config)
@@ -674,7 +710,7 @@ NOT_TEXT = r"^(visual|vision_model|visual_projection)\.|(position_ids|attn_mask)
 def load_text_encoder(path):
     """CLIP's text tower, frozen: OpenAI's archive or state dict, or Hugging Face's CLIPModel. Raises UserError."""
     tensors = rename({k: v for k, v in read_tensors(path).items() if not re.search(NOT_TEXT, k)}, CLIP_TEXT)
-    if "text_projection.weight" in tensors:  # a Linear's; square in B/16, where a missed transpose would load
+    if "text_projection.weight" in tensors and tensors["text_projection.weight"].ndim == 2:  # a Linear's; square in B/16, where a missed transpose would load
         tensors["text_projection"] = tensors.pop("text_projection.weight").t().contiguous()
     shape = {k: tuple(v.shape) for k, v in tensors.items()}
     flat = lambda name, usual: shape[name] if len(shape.get(name, ())) == 2 else usual  # the usual only to name what is missing

@@ -512,7 +512,8 @@ def load_checkpoint(path, kind):
         content = tok.read_file(previous)
     if not isinstance(content, dict) or content.get("kind") not in kind:
         is_a = content.get("kind") if isinstance(content, dict) else None
-        raise UserError(f"{path}: not a checkpoint of {' or '.join(kind)}" + (f" but of {is_a}" if is_a else "") + "; give the right file")
+        raise UserError(f"{path}: not a checkpoint of {' or '.join(kind)}" + (f" but of {tok.plain(is_a)}" if isinstance(is_a, str) else "") +
+                        "; give the right file")
     return content
 
 
@@ -615,7 +616,7 @@ class Interruption:
 
 def grid(rows, scale=None):
     """Rows of images (each (B,3,H,W) in [-1,1]) -> one PIL picture, enlarged to be seen."""
-    x = torch.stack([fid.to_uint8(row.cpu()) for row in rows])                                  # (rows,B,3,H,W)
+    x = torch.stack([fid.to_uint8(row.cpu().nan_to_num()) for row in rows])                                 # (rows,B,3,H,W)
     R, B, _, H, W = x.shape
     picture = Image.fromarray(x.permute(0, 3, 1, 4, 2).reshape(R * H, B * W, 3).numpy())
     scale = scale or max(1, 64 // H)
@@ -724,13 +725,40 @@ def new_vit(args):
     return ViT(768, 12, 12, 3072, 14, 37, registers=4, layer_scale=True, pixels=224, mean=tok.IMAGENET[0], std=tok.IMAGENET[1])
 
 
+def damage(e):
+    """An exception in one short line."""
+    return f"{type(e).__name__}: {tok.plain(str(e), 120)}"
+
+
+def plausible(config, state, limit=4096):
+    """Raises ValueError unless settings read from a file are plain values of a size that its tensors have or a network could: a
+    stranger's file must not decide how much memory and time is taken before its weights are seen."""
+    sides = {n for t in state.values() for n in t.shape}
+    for name, value in config.items():
+        for v in value[:16] if isinstance(value, (list, tuple)) else [value]:
+            good = v is None or isinstance(v, bool) or isinstance(v, str) and len(v) < 20 or isinstance(v, (int, float)) and (0 <= v <= limit or {v, v + 1} & sides)
+            if not good or isinstance(value, (list, tuple)) and len(value) > 16:
+                raise ValueError(f"{name} is no setting of its network")
+    width, heads = config.get("width", 0), config.get("heads", 1)
+    if config.get("depth", 0) > len(state) or not heads or width % heads:
+        raise ValueError("its settings are not those of its network")
+
+
 def encoder(path):
     """A frozen ViT from OUT/prior.pt or from any published file or name. Raises UserError."""
     path = tok.weight_file(path)
     content = tok.read_file(path)
     if not (isinstance(content, dict) and content.get("kind") == "prior"):
         return tok.load_encoder(path)
-    return tok.fit(ViT(**content["config"]), content["state"], path, "a prior").requires_grad_(False)
+    try:
+        plausible(content["config"], content["state"])
+        with torch.device("meta"):
+            vit = ViT(**content["config"])
+        return tok.fit(vit, content["state"], path, "a prior").requires_grad_(False)
+    except UserError:
+        raise
+    except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
+        raise UserError(f"{path}: a damaged prior ({damage(e)}); delete it or give another") from None
 
 
 class Stage1(nn.Module):
