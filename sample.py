@@ -5,7 +5,7 @@
     python sample.py --ckpt out/stage1.pt --reconstruct a.png b.png            # inputs above, reconstructions below
     python sample.py --ckpt out/stage1.pt --interpolate a.png b.png            # a straight line between two tokens
     python sample.py --ckpt reptok-xl-600k-ImageNet.ckpt --classes 207 981     # the authors' checkpoint
-    torchrun --nproc-per-node 8 sample.py --ckpt out/stage2.pt --eval imagenet/val --num 50000      # rFID, PSNR, gFID, ...
+    torchrun --nproc-per-node 8 -- sample.py --ckpt out/stage2.pt --eval imagenet/val --num 50000   # rFID, PSNR, gFID, ...
     python sample.py --ckpt out/stage2.pt --export small.pt                    # without what only training needs
 
 In Python: model = RepTok.load(path); z = model.encode(images); images = model.decode(z); z = model.generate(classes).

@@ -17,6 +17,7 @@ import pickle
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -674,7 +675,7 @@ def test_two_ranks_equal_one_process(trained, tmp_path):
 
 
 def launch(script, *args, world=1, port=29633):
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(port)] if world > 1 else []
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", str(port), "--"] if world > 1 else []  # "--", or torchrun takes --num for its own
     return subprocess.Popen([sys.executable, *torchrun, str(HERE / script), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -1603,6 +1604,73 @@ def test_broken_files_of_every_kind(tmp_path):
     assert done.returncode == 0 and not bad and int(last.split()[0]) >= 2000, "\n".join([*bad, done.stderr[-3000:]])
 
 
+# ---- sample.py --eval and the README
+
+
+def test_eval_is_the_same_on_two_ranks(trained, inception, tmp_path):
+    """Scores of one process and of two; FID against the same pictures written out and scored by fid.py."""
+    args = ["--ckpt", trained / "out" / "stage2.pt", "--eval", trained / "data", "--num", 12, "--steps", 2, "--inception", inception, "--batch", 5, "--device", "cpu"]
+    scores = {}
+    for world in (1, 2):
+        done = launch("sample.py", *args, "--json", tmp_path / f"{world}.json", "--save", tmp_path / f"kept{world}", world=world, port=29655)
+        output = done.communicate(timeout=200)
+        assert done.returncode == 0, output
+        scores[world] = {row["metric"]: row for row in json.loads((tmp_path / f"{world}.json").read_text())}
+    assert set(scores[1]) == {"rFID", "PSNR", "SSIM", "gFID"} and "eight segments" in output[0]
+    for metric, row in scores[1].items():
+        assert abs(row["value"] - scores[2][metric]["value"]) < 1e-5 * max(1, abs(row["value"])), metric
+        assert row["n_fake"] == 12 and row["reference_sha256"]
+    assert len(list((tmp_path / "kept1" / "generated").iterdir())) == 12
+    pictures = one.Pictures(str(trained / "data"), 16)
+    for i in range(12):
+        Image.fromarray(pictures.read(i).permute(1, 2, 0).numpy()).save(tmp_path / f"{i:06d}.png")
+    (tmp_path / "real").mkdir()
+    for path in tmp_path.glob("0*.png"):
+        path.rename(tmp_path / "real" / path.name)
+    net = fid.load_inception(inception)
+    again = fid.fid(fid.measure(str(tmp_path / "real"), net), fid.measure(str(tmp_path / "kept1" / "reconstructed"), net))
+    assert abs(again - scores[1]["rFID"]["value"]) < 1e-4 * again
+
+
+README = (HERE / "README.md").read_text()
+
+
+@pytest.mark.parametrize("script, line", re.findall(
+    r"(?m)^(?:\S*python|torchrun \S+ \d+) (train_stage1|train_stage2|sample)\.py(.*)$", "".join(re.findall(r"```bash\n(.*?)```", README, re.S))))
+def test_readme_commands_have_known_options(script, line, monkeypatch):
+    line = line.split(" #")[0].split(" && ")[0]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(line)])
+    assert sys.modules[script].options()
+
+
+@pytest.mark.parametrize("file, code", re.findall(r"<!-- alone: (\w+\.py) -->\n```python\n(.*?)```", README, re.S))
+def test_readme_examples_of_one_file_alone(file, code, tmp_path):
+    (tmp_path / file).write_bytes((HERE / file).read_bytes())
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0 and len(code.strip().splitlines()) <= 10, done.stderr
+
+
+def test_readme_line_counts_and_sizes():
+    for file, lines in re.findall(r"\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README):
+        assert (HERE / file).read_text().count("\n") == int(lines), file
+    rows = re.findall(r"(?m)^\| (\w+) \| ([\d.]+)M \| ([\d.]+) \+ ([\d.]+) \| ([\d.]+)M.*? \| ([\d.]+) \|$", README)
+    assert len(rows) == 4
+    for size, *figures in rows:
+        shapes = one.SIZES[size]
+        with torch.device("meta"):
+            d, m = dec.Decoder(**shapes["decoder"]), mix.Mixer(**shapes["mixer"])
+            count = lambda net: sum(p.numel() for p in net.parameters()) / 1e6
+            linear, attention = one.count_macs(lambda: d(torch.randn(1, 4, 32, 32), torch.rand(1), torch.randn(1, 1, 768)))
+            mixer = sum(one.count_macs(lambda: m(torch.randn(1, 1, 768), torch.rand(1), torch.zeros(1, dtype=torch.long))))
+        for got, said in zip((count(d), linear, attention, count(m), mixer), figures):
+            assert abs(got - float(said)) <= 0.51 * 10 ** -len(said.split(".")[1]), (size, got, said)
+
+
+def test_the_reading_block_is_the_same_in_both_files():
+    block = lambda file: (HERE / file).read_text().split("# ---- Below: reading weight files")[1].split("\n# ---- ")[0]
+    assert block("tokenizer.py").split("\n\n\n# ----")[0] == block("decoder.py").split("\n\n\n# ----")[0]
+
+
 # ---- Scores of a checkpoint of the default data:  python test_all.py --score out/stage2.pt
 
 
@@ -1670,8 +1738,42 @@ def score(path, train=None, held=None):
             print(f"Frechet distance, {name:15s} {fid.frechet_distance(sides[0].mu, sides[0].cov, side.mu, side.cov):.2f} (reader's 128 features)")
 
 
+def nearest_colour(rgb):
+    """The name of the nearest of the named colours, of (3,) in 0..255."""
+    return min(one.COLOURS, key=lambda name: np.abs(np.subtract(one.COLOURS[name], rgb)).sum())
+
+
+def read_colours(x):
+    """Names of ink and ground of a uint8 picture (3,16,16): the median of its border, and of the pixels far from that."""
+    pixels = x.permute(1, 2, 0).double().numpy()
+    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)
+    far = np.abs(pixels - ground).sum(-1)
+    return nearest_colour(np.median(pixels[far > 0.6 * far.max()], 0)), nearest_colour(ground)
+
+
+def score_prompts(model, count=160, cfg=3.0):
+    """Print how many of `count` prompts show the named digit, ink and ground; and the same for the real captioned digits."""
+    plans = [one.plan_digit(i, 99, named=True) for i in range(count)]
+    prompts = [plan.captions[i % len(plan.captions)] for i, plan in enumerate(plans)]
+    reader = train_reader(*digits(5500, 1))
+    text, mask = model.prompts(prompts)
+    made = fid.to_uint8(model.decode(model.generate(steps=50, cfg=cfg, cfg_interval=(0.3, 0.9), text=text, mask=mask), 50))
+    real = torch.from_numpy(np.stack([one.draw_digit(plan, 16) for plan in plans])).permute(0, 3, 1, 2)
+    want = [(nearest_colour(plan.ink), nearest_colour(plan.ground)) for plan in plans]
+    for name, pictures in (("real pictures of the prompts", real), (f"generated, guidance {cfg}", made)):
+        read = reader.read(pictures.float() / 127.5 - 1)[0].tolist()
+        seen = [read_colours(x) for x in pictures]
+        share = lambda hits: f"{100 * sum(hits) / count:.1f} %"
+        print(f"{name:30s} digit {share(r == p.digit for r, p in zip(read, plans))}, ink {share(a == c for (a, _), (c, _) in zip(seen, want))}, "
+              f"ground {share(b == d for (_, b), (_, d) in zip(seen, want))}, both {share(s == w for s, w in zip(seen, want))} ({count} prompts)")
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--score"] and len(sys.argv) == 3:
-        score(sys.argv[2])
+        loaded = RepTok.load(sys.argv[2])
+        score_prompts(loaded) if loaded.mixer is not None and loaded.mixer.cross else score(sys.argv[2])
+    elif sys.argv[1:2] == ["--score"] and len(sys.argv) == 5:  # pictures of one's own: a folder to learn reading from, and one held out
+        from_folder = lambda path: (lambda p: (torch.stack([p.read(i) for i in range(len(p))]), p.labels))(one.Pictures(path, 16))
+        score(sys.argv[2], from_folder(sys.argv[3]), from_folder(sys.argv[4]))
     else:
-        sys.exit("usage: python test_all.py --score CKPT    (the tests: python -m pytest -q test_all.py)")
+        sys.exit("usage: python test_all.py --score CKPT [TRAIN HELD]    (the tests: python -m pytest -q test_all.py)")
