@@ -671,6 +671,26 @@ def test_two_ranks_equal_one_process(trained, tmp_path):
             assert max(abs(got[s] - want[s]) for s in want) < 1e-5, (stage, name)
 
 
+def test_class_folders(tmp_path):
+    """Top folders are classes, sorted; a folder around all of them does not count; pictures beside folders mean none."""
+    files = {"b/x/1.png": 1, "a/2.png": 0, "c/3.png": 2}
+    for root in ("", "wrapper/"):
+        with zipfile.ZipFile(tmp_path / "z.zip", "w") as z:
+            for name in files:
+                (tmp_path / "f" / root / name).parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (20, 30), 77).save(tmp_path / "f" / root / name)
+                z.write(tmp_path / "f" / root / name, root + name)
+            z.writestr("__MACOSX/._1.png", b"")
+        for source in (tmp_path / "z.zip", tmp_path / "f" / root):
+            p = one.Pictures(str(source), 16)
+            assert p.classes == ["a", "b", "c"] and {n[len(root) if str(source).endswith("zip") else 0:]: int(l) for n, l in zip(p.names, p.labels)} == files
+            assert torch.equal(p[0][0], torch.full((3, 16, 16), 77, dtype=torch.uint8))
+        shutil.rmtree(tmp_path / "f")
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "flat" / "1.png")
+    assert one.Pictures(str(tmp_path / "flat"), 16).classes == []
+
+
 # ---- Never lose a run
 
 

@@ -97,6 +97,8 @@ def run(main):
         if int(os.environ.get("RANK", 0)) == 0 or getattr(e, "every_rank", False):
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the first step; run the same command again")
 
 
 def common_options(parser, stage):
@@ -187,7 +189,7 @@ class Pictures(torch.utils.data.Dataset):
             self.texts = {i: plan.captions for i, plan in enumerate(self.plans)} if named else {}
         else:
             found = dict(sorted(self.find(Path(source))))                                          # name -> place
-            self.names = [name for name in found if name.lower().endswith(self.ENDINGS)]
+            self.names = [name for name in found if name.lower().endswith(self.ENDINGS) and "__MACOSX" not in name and "/." not in name]
             if not self.names:
                 raise UserError(f"--data {source}: no pictures in it; expected a folder, .zip, .tar, .tsv or .jsonl with {', '.join(self.ENDINGS)} files")
             self.places, stem = [found[name] for name in self.names], lambda name: name.rsplit(".", 1)[0]
@@ -198,9 +200,12 @@ class Pictures(torch.utils.data.Dataset):
                     self.texts[i] = self.listed.get(name) or texts[stem(name)]
                 if stem(name) in features:
                     self.npz[i] = features[stem(name)]
-            tops = [name.split("/")[0] if "/" in name else None for name in self.names]
-            self.classes = sorted(set(tops)) if None not in tops and len(set(tops)) > 1 and not self.texts else []
-            self.labels = torch.tensor([self.classes.index(top) if self.classes else 0 for top in tops])
+            tops = [name.split("/")[:-1] for name in self.names]
+            while all(len(top) > 1 and top[0] == tops[0][0] for top in tops):  # one folder around all, as in many archives
+                tops = [top[1:] for top in tops]
+            self.classes = sorted({top[0] for top in tops}) if all(tops) and not self.texts else []
+            number = {name: i for i, name in enumerate(self.classes)}
+            self.labels = torch.tensor([number[top[0]] if number else 0 for top in tops])
             stamp = "".join(f"{name} {place[-1] if len(place) > 1 else os.path.getsize(place[0])}\n" for name, place in zip(self.names, self.places))
         self.fingerprint = hashlib.sha256(f"{pixels} {stamp}".encode()).hexdigest()
         self.small = len(self.names) * 3 * pixels**2 <= 2**28  # decoded pictures then stay in memory
@@ -519,7 +524,7 @@ def load_checkpoint(path, kind):
 
 # What may differ between a run and its continuation without changing its sequence
 FREE = {"out", "steps", "log_every", "save_every", "device", "workers", "fresh", "accumulate", "compile", "checkpointing", "max_bad",
-        "cache", "bench", "write_data", "num", "stage1", "encoder", "vae", "init", "data"}
+        "bench", "write_data", "num", "stage1"}
 
 
 def continued(path, args, kind, fingerprint):
@@ -529,7 +534,7 @@ def continued(path, args, kind, fingerprint):
     content = load_checkpoint(path, [kind])
     now, then = {**settings(args), "data": fingerprint}, content["settings"]
     for name in sorted(now.keys() | then.keys()):
-        if name not in FREE - {"data"} and now.get(name) != then.get(name):
+        if name not in FREE and now.get(name) != then.get(name):
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} is {now.get(name)} but was {then.get(name)} in {path}; use the same, another --out, or --fresh")
     if content["step"] >= args.steps:
@@ -811,12 +816,20 @@ def options():
     return args
 
 
+def make_folder(path, option="--out"):
+    """The folder, made where it is missing. Raises UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{option} {path}: cannot be made a folder ({e.strerror}); give another") from None
+
+
 def write_data(folder, count, seed, pixels):
     """The default pictures as FOLDER/digit/number.png."""
     for i in tqdm(range(count), desc="pictures", dynamic_ncols=True):
         plan = plan_digit(i, seed)
         path = Path(folder, str(plan.digit), f"{i:06d}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, "--write-data")
         Image.fromarray(draw_digit(plan, pixels)).save(path)
 
 
@@ -897,7 +910,7 @@ def main():
         raise UserError(f"--batch {args.batch} is not a multiple of {ranks.world} processes x --accumulate {args.accumulate}")
     out = Path(args.out, "stage1.pt")
     pictures = Pictures(args.data, args.pixels, args.seed)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     last = continued(out, args, "stage1", pictures.fingerprint)
     tokenizer, decoder, vae = (u.to(ranks.device) for u in build(args, pictures, ranks))
     tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing

@@ -23,7 +23,7 @@ from mixer import Mixer
 from sample import RepTok
 from tokenizer import ClipText, UserError, WordEncoder, load_text_encoder, text_mask
 from train_stage1 import (EMA, SIZES, Bins, Interruption, Loader, Log, Order, Parser, Pictures, Ranks, autocast, bench_rows, common_options, continued,
-                          generator, grid, learning_rate, move, noise_for, number, run, save_checkpoint, save_picture, settings, whole)
+                          generator, grid, learning_rate, make_folder, move, noise_for, number, run, save_checkpoint, save_picture, settings, whole)
 
 PAPER = dict(steps=700_000, batch=256, lr=1e-4, warmup=2000, decay=False, ema=0.9999)
 NANO = dict(steps=1500, batch=256, lr=2e-3, warmup=100, decay=True, ema=0.995)
@@ -52,17 +52,22 @@ def options():
     return args
 
 
+def fingerprint(model, pictures, flip):
+    """SHA-256 of what the tokens depend on: pictures, mirroring, the tokenizer's weights."""
+    digest = hashlib.sha256(f"{pictures.fingerprint} {flip}".encode())
+    for name, tensor in model.tokenizer.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 @torch.no_grad()
-def encode(model, pictures, ranks, args):
+def encode(model, pictures, ranks, args, digest):
     """Tokens of every picture (and, with --flip, of its mirror image), once: (N,V,K,D) float16 and labels (N,).
 
     One file holds them, a record a picture with a mark that it is done, so that a stopped pass goes on where it was and every rank
     writes its own records. Its name carries the fingerprint of pictures and tokenizer.
     """
-    digest = hashlib.sha256(f"{pictures.fingerprint} {args.flip}".encode())
-    for name, tensor in model.tokenizer.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    path, N = Path(args.out, f"tokens-{digest.hexdigest()[:12]}.npy"), len(pictures)
+    path, N = Path(args.out, f"tokens-{digest[:12]}.npy"), len(pictures)
     record = np.dtype([("done", "u1"), ("label", "<i4"), ("tokens", "<f2", (1 + args.flip, model.tokenizer.K, model.tokenizer.width))])
     try:
         whole = np.load(path, mmap_mode="r").shape == (N,) and np.load(path, mmap_mode="r").dtype == record
@@ -166,11 +171,12 @@ def main():
     model, out = RepTok.load(args.stage1, ranks.device), Path(args.out, "stage2.pt")
     source = args.captions if args.captions != "digits" else None
     pictures = Pictures(source or args.data, model.pixels, args.seed, named=args.captions == "digits")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    last = continued(out, args, "stage2", pictures.fingerprint)
+    make_folder(args.out)
+    digest = fingerprint(model, pictures, args.flip)
+    last = continued(out, args, "stage2", digest)
     torch.manual_seed(args.seed)
     text, width = text_source(args, pictures, ranks.device) if args.captions else (None, None)
-    tokens, labels = encode(model, pictures, ranks, args)
+    tokens, labels = encode(model, pictures, ranks, args, digest)
     (N, V, K, D), C = tokens.shape, 0 if args.captions else len(pictures.classes)
     # normalised tokens have mean 0 and variance 1 in every dimension; a released checkpoint keeps its own factor
     mean, std = (model.mean, model.std) if model.released else (tokens.float().mean((0, 1))[None], tokens.float().std((0, 1))[None] + 1e-6)
@@ -204,7 +210,7 @@ def main():
     def save(step):
         if ranks.main:
             save_checkpoint(out, {
-                **model.parts(), "kind": "stage2", "step": step, "settings": {**settings(args), "data": pictures.fingerprint},
+                **model.parts(), "kind": "stage2", "step": step, "settings": {**settings(args), "data": digest},
                 "ema": dict(zip(names, ema.average)), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
             with torch.no_grad(), ema.applied(), autocast(ranks, args.dtype):
                 features = stage2.text(shown_text) if stage2.text else shown_text
