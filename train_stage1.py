@@ -94,8 +94,8 @@ def run(main):
     try:
         main()
     except (UserError, dec.UserError, fid.UserError) as e:
-        if int(os.environ.get("RANK", 0)) == 0 or getattr(e, "every_rank", False):
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted before the first step; run the same command again")
