@@ -46,7 +46,7 @@ SIZES = {
     "XL": dict(pixels=256, decoder=dict(width=1152, depth=28, heads=16), mixer=dict(hidden=1280, depth=28)),
 }
 PAPER = dict(steps=1_000_000, batch=512, lr=1e-4, warmup=2000, decay=False, ema=0.9999, t_mean=0.0)
-NANO = dict(steps=1400, batch=96, lr=3e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3)
+NANO = dict(steps=1250, batch=96, lr=3e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3)
 
 
 # ---- Shared by both trainers: options and errors
@@ -116,7 +116,7 @@ def common_options(parser, stage):
     p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
     p.add("--clip-grad", 1.0, "largest norm of the gradient", type=number(0))
     p.add("--accumulate", 1, "cut each GPU's part of the batch into this many pieces to save memory", type=whole(1))
-    p.add("--prior-steps", 1200, "steps of the self-supervised prior, where one is trained", type=whole(1))
+    p.add("--prior-steps", 1000, "steps of the self-supervised prior, where one is trained", type=whole(1))
     p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
     p.add("--save-every", 500 if stage == 1 else 1000, "steps between checkpoints and pictures", type=whole(1))
     p.add("--device", "auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])

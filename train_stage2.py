@@ -26,7 +26,7 @@ from train_stage1 import (EMA, SIZES, Bins, Interruption, Loader, Log, Order, Pa
                           generator, grid, learning_rate, make_folder, move, noise_for, number, run, save_checkpoint, save_picture, settings, whole)
 
 PAPER = dict(steps=700_000, batch=256, lr=1e-4, warmup=2000, decay=False, ema=0.9999)
-NANO = dict(steps=1500, batch=256, lr=2e-3, warmup=100, decay=True, ema=0.995)
+NANO = dict(steps=1400, batch=256, lr=2e-3, warmup=100, decay=True, ema=0.995)
 CHUNK = 64  # pictures encoded together, always the same ones, so that tokens do not depend on ranks or restarts
 
 
