@@ -5,6 +5,7 @@ implementations gave for weights and pictures that are functions of their names,
 """
 import collections
 import contextlib
+import copy
 import enum
 import faulthandler
 import functools
@@ -20,9 +21,11 @@ import resource
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import traceback
 import types
@@ -669,6 +672,16 @@ def test_two_ranks_equal_one_process(trained, tmp_path):
         for name in ("two", "pieces"):
             got = losses(tmp_path / name / f"{stage}.jsonl")
             assert max(abs(got[s] - want[s]) for s in want) < 1e-5, (stage, name)
+
+
+def test_fine_tuning_from_a_checkpoint(trained, tmp_path):
+    """--init starts at the averaged weights of the other run, and trains the embedding and the decoder, not the ViT."""
+    start = trained / "out" / "stage1.pt"
+    command("train_stage1.py", "--init", start, "--data", trained / "data", "--out", tmp_path, "--steps", 3, "--batch", 8, "--log-every", 1, "--device", "cpu")
+    a, b = RepTok.load(start), one.load_checkpoint(tmp_path / "stage1.pt", ["stage1"])
+    assert torch.equal(a.tokenizer.vit.norm.weight, b["tokenizer"]["state"]["vit.norm.weight"])
+    for was, now in ((a.tokenizer.embedding, b["tokenizer"]["state"]["embedding"]), (a.decoder.merge.weight, b["decoder"]["state"]["merge.weight"])):
+        assert 0 < (was - now).abs().max() < 0.1
 
 
 def test_class_folders(tmp_path):
@@ -1691,6 +1704,66 @@ def test_the_reading_block_is_the_same_in_both_files():
     assert block("tokenizer.py").split("\n\n\n# ----")[0] == block("decoder.py").split("\n\n\n# ----")[0]
 
 
+# ---- Timings against peers:  python test_all.py --bench fid [WEIGHTS REAL FAKE]
+
+
+def pytorch_fid_net(path):
+    """pytorch-fid's Inception with the weights at path, or None where it is not installed."""
+    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("unused"))  # needs torchvision's compiled half
+    try:
+        import pytorch_fid.inception as theirs
+    except Exception as e:
+        return print(f"pytorch-fid cannot be used here: {e}")
+    theirs.load_state_dict_from_url = lambda *a, **k: torch.load(path, weights_only=True)
+    return theirs.InceptionV3([3]).eval()
+
+
+def bench_fid(batch=16, rounds=5):
+    """Inception throughput, ours and pytorch-fid's (default and channels-last) interleaved; the time of the distance."""
+    x = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (batch, 3, 256, 256), np.uint8))
+    with tempfile.TemporaryDirectory() as folder:  # random weights will do for a time
+        path = folder + "/inception.pth"
+        torch.save({**fid.Inception("tf1").state_dict(), "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, path)
+        ours, theirs = fid.load_inception(path), pytorch_fid_net(path)
+    nets = {"ours": lambda: ours(x)}
+    if theirs:
+        last = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
+        nets["pytorch-fid"] = lambda: theirs(x.float() / 255)
+        nets["pytorch-fid channels-last"] = lambda: last((x.float() / 255).contiguous(memory_format=torch.channels_last))
+    seconds = {name: [] for name in nets}
+    with torch.no_grad():
+        for i in range(rounds + 1):
+            for name, run in nets.items():
+                start = time.perf_counter()
+                run()
+                if i:
+                    seconds[name].append(time.perf_counter() - start)
+    for name, times in seconds.items():
+        print(f"{name:26s} {batch / statistics.median(times):6.2f} pictures/s, median of {rounds}, batch {batch}, {torch.get_num_threads()} threads")
+    r = np.random.RandomState(0)
+    a, b = (np.cov(r.rand(2600, 2048), rowvar=False) for _ in range(2))
+    start = time.perf_counter()
+    fid.frechet_distance(np.zeros(2048), a, np.ones(2048), b)
+    print(f"distance at 2048 dimensions {time.perf_counter() - start:.1f} s")
+
+
+def table_fid(weights, real, fake):
+    """FID of two folders by ours, pytorch-fid and torch-fidelity, from the same weights file."""
+    net = pytorch_fid_net(weights)
+    import torch_fidelity
+    from pytorch_fid import fid_score
+    files = lambda d: sorted(Path(d).rglob("*.png"))
+    sides = [fid_score.calculate_activation_statistics(files(d), net, 10, 2048, "cpu", 0) for d in (real, fake)]
+    theirs = fid_score.calculate_frechet_distance(*sides[0], *sides[1])
+    metrics = torch_fidelity.calculate_metrics(input1=real, input2=fake, cuda=False, fid=True, isc=False, verbose=False, batch_size=10,
+                                               samples_find_deep=True, feature_extractor_weights_path=weights, cache=False, save_cpu_ram=True)
+    ours = {r: fid.frechet_distance(a.mu, a.cov, b.mu, b.cov) for r in ("pytorch-fid", "tf1")
+            for a, b in [[fid.measure(d, fid.load_inception(weights, r), 10) for d in (real, fake)]]}
+    print(f"pytorch-fid: ours {ours['pytorch-fid']:.6f}, pytorch-fid {theirs:.6f}, relative {ours['pytorch-fid'] / theirs - 1:.1e}")
+    f = metrics["frechet_inception_distance"]
+    print(f"tf1: ours {ours['tf1']:.6f}, torch-fidelity {f:.6f}, relative {ours['tf1'] / f - 1:.1e}")
+
+
 # ---- Scores of a checkpoint of the default data:  python test_all.py --score out/stage2.pt
 
 
@@ -1795,5 +1868,7 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--score"] and len(sys.argv) == 5:  # pictures of one's own: a folder to learn reading from, and one held out
         from_folder = lambda path: (lambda p: (torch.stack([p.read(i) for i in range(len(p))]), p.labels))(one.Pictures(path, 16))
         score(sys.argv[2], from_folder(sys.argv[3]), from_folder(sys.argv[4]))
+    elif sys.argv[1:3] == ["--bench", "fid"]:
+        table_fid(*sys.argv[3:]) if len(sys.argv) == 6 else bench_fid()
     else:
-        sys.exit("usage: python test_all.py --score CKPT [TRAIN HELD]    (the tests: python -m pytest -q test_all.py)")
+        sys.exit("usage: python test_all.py --score CKPT [TRAIN HELD] | --bench fid [WEIGHTS REAL FAKE]    (the tests: python -m pytest -q test_all.py)")

@@ -46,7 +46,7 @@ SIZES = {
     "XL": dict(pixels=256, decoder=dict(width=1152, depth=28, heads=16), mixer=dict(hidden=1280, depth=28)),
 }
 PAPER = dict(steps=1_000_000, batch=512, lr=1e-4, warmup=2000, decay=False, ema=0.9999, t_mean=0.0)
-NANO = dict(steps=1250, batch=96, lr=3e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3)
+NANO = dict(steps=1200, batch=96, lr=3e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3)
 
 
 # ---- Shared by both trainers: options and errors
@@ -116,7 +116,7 @@ def common_options(parser, stage):
     p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
     p.add("--clip-grad", 1.0, "largest norm of the gradient", type=number(0))
     p.add("--accumulate", 1, "cut each GPU's part of the batch into this many pieces to save memory", type=whole(1))
-    p.add("--prior-steps", 1000, "steps of the self-supervised prior, where one is trained", type=whole(1))
+    p.add("--prior-steps", 1600, "steps of the self-supervised prior, where one is trained", type=whole(1))
     p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
     p.add("--save-every", 500 if stage == 1 else 1000, "steps between checkpoints and pictures", type=whole(1))
     p.add("--device", "auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
@@ -833,12 +833,19 @@ def write_data(folder, count, seed, pixels):
         Image.fromarray(draw_digit(plan, pixels)).save(path)
 
 
+def initial(path):
+    """Tokenizer, decoder and VAE of a checkpoint, ours or the authors', ready to be trained on. Raises UserError."""
+    from sample import RepTok  # sample.py itself needs this file
+    model = RepTok.load(path)
+    model.tokenizer.vit.requires_grad_(model.tokenizer.original is not None), model.decoder.requires_grad_(True)
+    for p in (model.tokenizer.vit.cls_token, model.tokenizer.vit.register_tokens):
+        p.requires_grad_(False)
+    model.tokenizer.embedding.requires_grad_(model.tokenizer.config["unfreeze"] != "none")
+    return (model.tokenizer, model.decoder, model.vae), model.pixels
+
+
 def build(args, pictures, ranks):
     """Tokenizer, decoder and VAE of this run, on the CPU, before any weight of a checkpoint. Raises UserError."""
-    if args.init:
-        from sample import RepTok  # reads both checkpoint kinds; sample.py itself needs this file
-        model = RepTok.load(args.init)
-        return model.tokenizer, model.decoder, model.vae
     nano = args.size == "nano"
     if not nano and not args.vae:
         raise UserError(f"--size {args.size} works in SD-VAE latents: give --vae the file diffusion_pytorch_model.safetensors of "
@@ -908,11 +915,14 @@ def main():
         return bench(args, ranks)
     if args.batch % (ranks.world * args.accumulate):
         raise UserError(f"--batch {args.batch} is not a multiple of {ranks.world} processes x --accumulate {args.accumulate}")
+    parts = None
+    if args.init:
+        parts, args.pixels = initial(args.init)
     out = Path(args.out, "stage1.pt")
     pictures = Pictures(args.data, args.pixels, args.seed)
     make_folder(args.out)
     last = continued(out, args, "stage1", pictures.fingerprint)
-    tokenizer, decoder, vae = (u.to(ranks.device) for u in build(args, pictures, ranks))
+    tokenizer, decoder, vae = (u.to(ranks.device) for u in parts or build(args, pictures, ranks))
     tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing
     stage1, first = Stage1(tokenizer, decoder), 0
     if last:
