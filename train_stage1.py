@@ -94,6 +94,8 @@ def run(main):
     try:
         main()
     except (UserError, dec.UserError, fid.UserError) as e:
+        for bar in list(getattr(tqdm, "_instances", ())):  # the sentence gets a line of its own
+            bar.close()
         rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
