@@ -353,6 +353,7 @@ def load_images(paths, pixels):
 
 
 def main():
+    """The command line: load, then score, export, or draw one picture. Raises UserError."""
     args = options()
     if Path(args.out).parent != Path(".") and not Path(args.out).parent.is_dir():
         raise UserError(f"--out {args.out}: no folder {Path(args.out).parent}; make it first")

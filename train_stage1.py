@@ -909,6 +909,7 @@ def bench(args, ranks):
 
 
 def main():
+    """Stage 1 from the command line: everything is checked, built or restored, then the loop. Raises UserError."""
     args = options()
     if args.write_data:
         return write_data(args.write_data, args.num, args.seed, args.pixels)

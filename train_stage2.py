@@ -162,6 +162,7 @@ def bench(args, ranks):
 
 
 def main():
+    """Stage 2 from the command line: tokens once, then the loop over them. Raises UserError."""
     args = options()
     ranks = Ranks(args.device)
     if args.bench:
