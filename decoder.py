@@ -330,6 +330,14 @@ class PixelSpace(nn.Module):
     """The VAE's identity twin: latents are the pixels themselves."""
     channels, factor, config = 3, 1, {}
 
+    def posterior(self, x):
+        """(B,3,H,W) -> the same, and a log-variance that `sample` ignores."""
+        return x, torch.zeros_like(x)
+
+    def sample(self, mean, logvar, noise):
+        """The mean."""
+        return mean
+
     def encode(self, x, noise=None):
         """(B,3,H,W) -> the same."""
         return x

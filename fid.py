@@ -394,11 +394,11 @@ def pairs(real, fake, lpips, device):
             for metric, value in zip(("PSNR", "SSIM", "LPIPS"), total.mu.tolist())]
 
 
-def main(argv=None):
+def options(argv=None):
     """The command line; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"fid.py: error: {' '.join(message.split())}\n")
-    add, device = parser.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
     add("real", metavar="REAL", help="reference: a folder (any tree), .zip or .npz of pictures, or an .npz with mu and sigma")
     add("fake", metavar="FAKE", nargs="?", help="what is scored, in any of the same forms; may be left out with --save-stats")
     add("--pairs", action="store_true", help="PSNR, SSIM and LPIPS of pictures with the same name (the suffix may differ), not FID")
@@ -411,6 +411,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.pairs and args.save_stats or not (args.fake or args.save_stats):
         parser.error("FAKE is missing, or --save-stats stands beside --pairs; only with --save-stats is REAL enough")
+    return args, parser.error
+
+
+def main(argv=None):
+    """Scores from the command line."""
+    (args, error), device = options(argv), "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if args.pairs:
             made = pairs(args.real, args.fake, (args.vgg, args.lpips), device)
@@ -426,7 +432,7 @@ def main(argv=None):
         if args.json:
             write_file(args.json, lambda f: f.write(json.dumps(made, indent=1).encode() + b"\n"))
     except UserError as e:
-        parser.error(str(e))
+        error(str(e))
 
 
 if __name__ == "__main__":

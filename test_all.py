@@ -1,11 +1,10 @@
-"""The tests:  python -m pytest -q test_all.py      Scores and timings:  python test_all.py --score CKPT | --bench [fid]
+"""The tests:  python -m pytest -q test_all.py      Scores and timings:  python test_all.py --score CKPT ... | --bench | --fid ...
 
 Every test compares with something that is not this code: a closed form, another implementation, figures that the published
 implementations gave for weights and pictures that are functions of their names, or a property that must hold.
 """
 import collections
 import contextlib
-import copy
 import enum
 import faulthandler
 import functools
@@ -45,10 +44,10 @@ from PIL import Image
 import decoder as dec
 import fid
 import mixer as mix
-import sample
+import sample  # noqa: F401  (refusal() finds scripts by name)
 import tokenizer as tok
 import train_stage1 as one
-import train_stage2  # noqa: F401  (refusal() finds it by name)
+import train_stage2  # noqa: F401
 from sample import RepTok
 
 HERE = Path(__file__).parent
@@ -476,6 +475,66 @@ def test_vae_layouts(tmp_path):
     assert torch.allclose(vae.encode(x, noise), 0.18215 * (mean + (logvar / 2).exp() * noise), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["Dinov2Model", "Dinov2WithRegistersModel", "ViTMAEModel", "CLIPModel"])
+@torch.no_grad()
+def test_against_transformers(kind, tmp_path):
+    """The very classes that users' files come from, where they are installed, with random weights."""
+    hf = pytest.importorskip("transformers")
+    common = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)
+    if kind == "CLIPModel":
+        text = dict(common, hidden_size=64, num_attention_heads=1, intermediate_size=256, vocab_size=1000, eos_token_id=999)
+        config = hf.CLIPConfig(vision_config=dict(common, image_size=64, patch_size=16), text_config=text, projection_dim=64)
+    else:
+        config = getattr(hf, kind.replace("Model", "Config"))(**common, image_size=56, patch_size=14, layer_norm_eps=1e-6, **({"mask_ratio": 0.0} if "MAE" in kind else {}))
+    torch.manual_seed(0)
+    theirs = getattr(hf, kind)(config).eval()
+    for p in theirs.parameters():
+        p.add_(0.1 * torch.randn_like(p))  # biases, norms and scales start at values that hide mistakes
+    theirs.save_pretrained(tmp_path)
+    theirs.double()  # such weights magnify rounding
+    x, vit = torch.randn(2, 3, *[64 if kind == "CLIPModel" else 56] * 2).double(), tok.load_encoder(tmp_path / "model.safetensors").double()
+    if kind == "CLIPModel":
+        assert (vit(x)[:, 0] - theirs.vision_model(x).pooler_output).abs().max() < 2e-5
+        ids = torch.randint(1, 999, (3, 77))
+        ids[[0, 1, 2], [5, 30, 76]] = 999
+        tower, out = tok.load_text_encoder(tmp_path / "model.safetensors").double(), theirs.text_model(ids)
+        assert (tower(ids) - out.last_hidden_state).abs().max() < 2e-5
+        assert (tower.embed(ids) - theirs.text_projection(out.pooler_output)).abs().max() < 2e-5
+    else:
+        y, wanted = vit(x), theirs(x).last_hidden_state
+        assert (y[:, 0] - wanted[:, 0]).abs().max() < 2e-5
+        assert "MAE" in kind or (y - wanted).abs().max() < 2e-5  # MAE's patches come shuffled
+
+
+@torch.no_grad()
+def test_against_diffusers(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.AutoencoderKL(block_out_channels=(32, 32, 64, 64), layers_per_block=2, latent_channels=4, down_block_types=["DownEncoderBlock2D"] * 4,
+                                     up_block_types=["UpDecoderBlock2D"] * 4).eval()
+    theirs.save_pretrained(tmp_path)
+    ours, x = dec.load_vae(tmp_path / "diffusion_pytorch_model.safetensors"), torch.rand(2, 3, 64, 48) * 2 - 1
+    posterior = theirs.encode(x).latent_dist
+    mean, logvar = ours.posterior(x)
+    assert (mean - posterior.mean).abs().max() < 2e-5 and (logvar - posterior.logvar).abs().max() < 2e-5
+    assert (ours.decode(0.18215 * mean) - theirs.decode(mean).sample).abs().max() < 5e-5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_takes_little_memory(tmp_path):
+    """The peak over what was there before is at most 1.3 times file plus model, for a file read whole and for one with optimizer states."""
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in dec.VAE().state_dict().items()}
+    state = {k: torch.zeros(shape) for k, shape in shapes.items()}
+    save_safetensors(state, tmp_path / "a.safetensors"), torch.save({"state_dict": state, "optimizer_states": [state]}, tmp_path / "a.ckpt")
+    code = ("import decoder, re, sys; peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); before = peak(); "
+            "decoder.load_vae(sys.argv[1]); print(1024 * (peak() - before))")
+    for file in ("a.safetensors", "a.ckpt"):
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / file], cwd=HERE, capture_output=True, text=True, timeout=120)
+        model = sum(4 * shape.numel() for shape in shapes.values())
+        assert 0 < int(done.stdout) < 1.3 * (model + (tmp_path / file).stat().st_size), (file, done.stdout, done.stderr)
+
+
 def released_shapes(depth=4, layers=6):
     """Names and shapes of the authors' checkpoint with fewer layers; the encoder and the VAE in full."""
     first, d = "first_stage.decoder.decoder.", {}
@@ -811,7 +870,7 @@ def test_the_trainer_is_a_plain_loop(trained, tmp_path):
     """Stage 1's losses are those of a loop written without its helpers: unfused AdamW, autograd through plain modules."""
     args = ["--data", trained / "data", "--out", tmp_path, "--steps", 6, "--batch", 8, "--log-every", 1, "--lr", 1e-3, "--warmup", 0, "--device", "cpu",
             "--encoder", trained / "out" / "prior.pt"]
-    command("train_stage1.py", *args, "--clip-grad", 1e9)
+    command("train_stage1.py", *args, "--clip-grad", 1e9, "--no-cache")
     got, pictures = losses(tmp_path / "stage1.jsonl"), one.Pictures(str(trained / "data"), 16)
     vit = one.encoder(str(trained / "out" / "prior.pt"))
     torch.manual_seed(0)
@@ -833,6 +892,49 @@ def test_the_trainer_is_a_plain_loop(trained, tmp_path):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def small_vae(tmp_path_factory):
+    """An SD VAE file of few channels."""
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
+    save_safetensors(dec.VAE((32, 32, 32, 32)).state_dict(), path)
+    return path
+
+
+def test_cache_is_what_the_networks_give(trained, small_vae, tmp_path):
+    """The file of --cache holds posteriors and original tokens, both mirrored; a run on it equals one without to float16's accuracy."""
+    args = ["--data", trained / "data", *QUICK1, "--vae", small_vae, "--pixels", 64, "--flip", "--encoder", trained / "out" / "prior.pt"]
+    for out, more in (("with", ["--cache"]), ("without", ["--no-cache"])):
+        command("train_stage1.py", "--out", tmp_path / out, *args, *more)
+    a, b = (losses(tmp_path / out / "stage1.jsonl") for out in ("with", "without"))
+    assert all(abs(a[step] - b[step]) < 5e-3 * b[step] for step in range(1, 7)) and a != b
+    rows = np.load(next((tmp_path / "with").glob("cache-*.npy")))
+    pictures, vae, vit = one.Pictures(str(trained / "data"), 64), dec.load_vae(small_vae), one.encoder(trained / "out" / "prior.pt")
+    assert len(rows) == len(pictures) and rows["done"].all() and rows["label"].tolist() == pictures.labels.tolist()
+    x = pictures[7][0][None].float() / 127.5 - 1
+    for view, image in enumerate((x, x.flip(-1))):
+        for name, value in zip(("mean", "logvar", "prior"), (*vae.posterior(image), tok.Tokenizer(vit).prior(image))):
+            assert np.abs(rows[name][7, view] - value[0].detach().numpy()).max() < 1e-3 * value.abs().max(), name
+
+
+def test_a_stopped_pass_goes_on(trained, tmp_path):
+    """Records that are done are not made again; the others are."""
+    pictures, made = one.Pictures(str(trained / "data"), 16), []
+    args, ranks = one.argparse.Namespace(flip=False, workers=0, max_bad=0.0, dtype="float32"), one.Ranks("cpu")
+    compute = lambda x: (made.append(len(x)), [x.mean((1, 2, 3))[:, None]])[1]
+    whole = np.array(one.computed_once(tmp_path / "a.npy", [("mean", (1,))], pictures, ranks, args, compute))
+    assert sum(made) == len(pictures) == 40
+    rows = np.load(tmp_path / "a.npy", mmap_mode="r+")
+    rows["done"][3], rows["mean"][3], rows["mean"][30] = 0, 9, 9
+    rows.flush()
+    again = one.computed_once(tmp_path / "a.npy", [("mean", (1,))], pictures, ranks, args, compute)
+    assert sum(made) == 80 and np.array_equal(again, whole)  # 40 pictures are one chunk
+    again = one.computed_once(tmp_path / "a.npy", [("mean", (1,))], pictures, ranks, args, compute)
+    assert sum(made) == 80
+    with pytest.raises(tok.UserError, match="float16"):
+        one.computed_once(tmp_path / "b.npy", [("mean", (1,))], pictures, ranks, args, lambda x: [x[:, 0, 0, :1] + 1e6])
 
 
 # ---- Text
@@ -862,6 +964,40 @@ def test_ids(bpe, text, want):
         ids += [word] if isinstance(word, int) else [ORDER.index(b) for b in word.encode()]
         ids[-1] += 256 * isinstance(word, str)
     assert bpe.encode(text) == [*ids, 519] and bpe([text])[0].tolist() == [*ids, 519] + [0] * (76 - len(ids))
+
+
+@pytest.fixture(scope="module")
+def small_clip(tmp_path_factory, bpe):
+    """A tiny CLIP of OpenAI's names whose text tower knows `bpe`, and that vocabulary: two paths."""
+    folder = tmp_path_factory.mktemp("clip")
+    shapes = {**clip_shapes(), "token_embedding.weight": (bpe.size, 64)}
+    torch.save(official(shapes), folder / "clip.pt")
+    (folder / "vocab.gz").write_bytes(bpe.file)
+    return folder / "clip.pt", folder / "vocab.gz"
+
+
+def test_clip_text_end_to_end(trained, small_clip, inception, tmp_path, capfd):
+    """Training on captions read by CLIP, prompts, and --eval of captions with a CLIP score that is taken again by hand."""
+    write_pairs(tmp_path)
+    clip, out = ["--clip", small_clip[0], "--bpe", small_clip[1]], tmp_path / "out"
+    command("train_stage2.py", "--captions", tmp_path / "t.jsonl", *clip, "--out", out, "--stage1", trained / "out" / "stage1.pt", *QUICK2)
+    ckpt = out / "stage2.pt"
+    long = command("sample.py", "--ckpt", ckpt, "--prompt", "the cat", "--prompt", "a " * 100, "--per-class", 2, "--steps", 2, "--out", tmp_path / "p.png")
+    assert "too long" in long and Image.open(tmp_path / "p.png").size == (2 * 64, 2 * 64)
+    said = command("sample.py", "--ckpt", ckpt, "--eval", tmp_path / "t.jsonl", "--num", 12, "--steps", 2, *clip, "--inception", inception,
+                   "--json", tmp_path / "s.json", "--save", tmp_path / "kept", "--device", "cpu")
+    rows = {row["metric"]: row["value"] for row in json.loads((tmp_path / "s.json").read_text())}
+    pictures, tensors, words = one.Pictures(str(tmp_path / "t.jsonl"), 16), torch.load(small_clip[0]), tok.BPE(small_clip[1])
+    vit, tower, cosines = tok.load_encoder(small_clip[0]), tok.load_text_encoder(small_clip[0]), []
+    for i in range(12):
+        x = torch.from_numpy(np.array(Image.open(tmp_path / "kept" / "generated" / f"{i:06d}.png"))).permute(2, 0, 1)[None] / 127.5 - 1
+        x = F.interpolate(x, (64, 64), mode="bicubic", antialias=True)
+        x = ((x + 1) / 2 - torch.tensor(tok.CLIP[0]).view(3, 1, 1)) / torch.tensor(tok.CLIP[1]).view(3, 1, 1)
+        image = vit(x)[0, 0] @ tensors["visual.proj"]
+        text = tower(words([pictures.captions(i)[0]]))[0][len(words.encode(pictures.captions(i)[0])) - 1] @ tensors["text_projection"]
+        cosines.append((image @ text / image.norm() / text.norm()).item())
+    assert abs(rows["CLIP score"] - 100 * np.mean(cosines)) < 0.2 and {"rFID", "gFID"} <= set(rows) and "eight segments" in said
+    assert f"{2.5 * max(0, rows['CLIP score'] / 100):.4f}" in said
 
 
 def test_cut_and_shapes(bpe):
@@ -1021,7 +1157,8 @@ def test_captioned_sources_agree(tmp_path):
 
 def test_text_to_image_commands(trained, tmp_path, monkeypatch, capsys):
     """Words trained along, features made beforehand, CLIP; prompts, features and refusals."""
-    plans, stage1 = write_pairs(tmp_path), ["--stage1", trained / "out" / "stage1.pt"]
+    write_pairs(tmp_path)
+    stage1 = ["--stage1", trained / "out" / "stage1.pt"]
     command("train_stage2.py", "--captions", tmp_path / "shards", "--out", tmp_path / "words", *stage1, *QUICK2)
     ckpt = tmp_path / "words" / "stage2.pt"
     command("sample.py", "--ckpt", ckpt, "--prompt", "a red 7 on white", "--prompt", "on black, a grey 3", "--per-class", 3, "--steps", 2, "--cfg", 3,
@@ -1031,7 +1168,12 @@ def test_text_to_image_commands(trained, tmp_path, monkeypatch, capsys):
         assert says in refusal("sample.py", args, monkeypatch, capsys)
     for i in range(12):
         np.savez(tmp_path / "pairs" / f"{i:02d}.npz", features=np.random.randn(3 + i % 2, 6).astype(np.float16), mask=np.ones(3 + i % 2, bool))
-    command("train_stage2.py", "--captions", tmp_path / "pairs", "--out", tmp_path / "made", *stage1, *QUICK2)
+    with tarfile.open(tmp_path / "with.tar", "w") as tar:
+        for path in sorted((tmp_path / "pairs").glob("*")):
+            tar.add(path, path.name)
+    for out, source in (("made", "pairs"), ("tarred", "with.tar")):
+        command("train_stage2.py", "--captions", tmp_path / source, "--out", tmp_path / out, *stage1, *QUICK2)
+    assert losses(tmp_path / "made" / "stage2.jsonl") == losses(tmp_path / "tarred" / "stage2.jsonl")
     command("sample.py", "--ckpt", tmp_path / "made" / "stage2.pt", "--features", tmp_path / "pairs" / "00.npz", "--steps", 2, "--out", tmp_path / "f.png")
     assert "no text encoder" in refusal("sample.py", ["--ckpt", tmp_path / "made" / "stage2.pt", "--prompt", "x"], monkeypatch, capsys)
     np.savez(tmp_path / "pairs" / "05.npz", features=np.zeros((3, 7), np.float16))
@@ -1668,12 +1810,47 @@ def test_eval_is_the_same_on_two_ranks(trained, inception, tmp_path):
 README = (HERE / "README.md").read_text()
 
 
-@pytest.mark.parametrize("script, line", re.findall(
-    r"(?m)^(?:\S*python|torchrun \S+ \d+) (train_stage1|train_stage2|sample)\.py(.*)$", "".join(re.findall(r"```bash\n(.*?)```", README, re.S))))
+def readme_commands(text):
+    """(script, its options) of every command in bash blocks, the variable of a shell loop standing for its first value."""
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for name, value in re.findall(r"for (\w+) in (\S+)", block):
+            block = block.replace(f"${name}", value)
+        for script, line in re.findall(r"(train_stage1|train_stage2|sample|fid|test_all)\.py( [^\n;&|#]*)?", block):
+            if "pytest" not in block.split(f"{script}.py{line}")[0].split("\n")[-1]:
+                yield script, shlex.split(line)
+
+
+@pytest.mark.parametrize("script, line", [*readme_commands(README)])
 def test_readme_commands_have_known_options(script, line, monkeypatch):
-    line = line.split(" #")[0].split(" && ")[0]
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(line)])
-    assert sys.modules[script].options()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *line])
+    assert sys.modules.get(script, sys.modules[__name__]).options()
+
+
+TINY_RUN = {"train_stage1": [*QUICK1, "--num", 40], "train_stage2": QUICK2, "sample": ["--steps", 2, "--device", "cpu"]}
+
+
+def test_readme_commands_run(trained, tmp_path, monkeypatch, capsys):
+    """The blocks marked as tiny, line by line, with a few steps and in a folder where their pictures lie."""
+    for name in ("cats", "dogs"):
+        shutil.copytree(trained / "data" / "3", tmp_path / "my_pictures" / name)
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (40, 30), "red").save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    commands = [("train_stage1", []), *readme_commands("".join(re.findall(r"<!-- tiny -->\n(```bash\n.*?```\n)", README, re.S)))]
+    assert len(commands) >= 9
+    for script, line in commands:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, [*line, *TINY_RUN[script]])])
+        one.run(sys.modules[script].main)
+    made = {path.name for path in tmp_path.rglob("*.p[nt]*")}
+    assert {"stage1.png", "stage2.png", "samples.png", "reconstructions.png", "between.png", "small.pt"} <= made
+
+
+def test_readme_links_to_lines():
+    links = re.findall(r"\[`(\w+)`\]\(([^)]*)\)", README)
+    assert len(links) >= 10
+    for name, link in links:
+        file, line = link.split("#L")
+        assert re.match(rf"\s*(def|class) {name}\b", (HERE / file).read_text().splitlines()[int(line) - 1]), (name, link)
 
 
 @pytest.mark.parametrize("file, code", re.findall(r"<!-- alone: (\w+\.py) -->\n```python\n(.*?)```", README, re.S))
@@ -1704,47 +1881,76 @@ def test_the_reading_block_is_the_same_in_both_files():
     assert block("tokenizer.py").split("\n\n\n# ----")[0] == block("decoder.py").split("\n\n\n# ----")[0]
 
 
-# ---- Timings against peers:  python test_all.py --bench fid [WEIGHTS REAL FAKE]
+# ---- Timings against peers:  python test_all.py --bench      FID against peers:  python test_all.py --fid WEIGHTS REAL FAKE
 
 
 def pytorch_fid_net(path):
-    """pytorch-fid's Inception with the weights at path, or None where it is not installed."""
+    """pytorch-fid's Inception with the weights at path. Raises where it is not installed."""
     sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("unused"))  # needs torchvision's compiled half
-    try:
-        import pytorch_fid.inception as theirs
-    except Exception as e:
-        return print(f"pytorch-fid cannot be used here: {e}")
+    import pytorch_fid.inception as theirs
     theirs.load_state_dict_from_url = lambda *a, **k: torch.load(path, weights_only=True)
     return theirs.InceptionV3([3]).eval()
 
 
-def bench_fid(batch=16, rounds=5):
-    """Inception throughput, ours and pytorch-fid's (default and channels-last) interleaved; the time of the distance."""
-    x = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (batch, 3, 256, 256), np.uint8))
-    with tempfile.TemporaryDirectory() as folder:  # random weights will do for a time
+@torch.no_grad()
+def interleaved(what, calls, rounds=7):
+    """Print the median time of each call, run in turn after one round that does not count, and its ratio to the first."""
+    seconds = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name] += [time.perf_counter() - start] * (i > 0)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    for name, value in median.items():
+        print(f"{what}, {name}: {1e3 * value:.0f} ms, {value / next(iter(median.values())):.2f} of ours (median of {rounds})", flush=True)
+
+
+def peer(make):
+    """The call that `make` returns, or None, with a line that says why, where its package is not installed or usable."""
+    try:
+        return make()
+    except Exception as e:
+        return print(f"left out: {type(e).__name__}: {str(e).splitlines()[0][:150]}")
+
+
+def bench_peers():
+    """DINOv2 ViT-B/14, SD VAE and FID Inception with random weights, ours and others'; float32, the CPU."""
+    def dinov2():
+        from transformers import Dinov2Config, Dinov2Model
+        net = Dinov2Model(Dinov2Config(image_size=518, patch_size=14)).eval()
+        return lambda: net(x)
+
+    def vae():
+        from diffusers import AutoencoderKL
+        widths = (128, 256, 512, 512)
+        net = AutoencoderKL(block_out_channels=widths, layers_per_block=2, latent_channels=4, sample_size=256, down_block_types=["DownEncoderBlock2D"] * 4,
+                            up_block_types=["UpDecoderBlock2D"] * 4).eval()
+        return lambda: net.encode(images), lambda: net.decode(latents)
+
+    def inception(last):
+        net = pytorch_fid_net(path).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+        form = torch.channels_last if last else torch.contiguous_format
+        return lambda: net((pictures.float() / 255).contiguous(memory_format=form))
+
+    print(f"{torch.get_num_threads()} threads, float32, torch {torch.__version__}")
+    x, vit = torch.randn(8, 3, 224, 224), tok.ViT(768, 12, 12, 3072, 14, 37, layer_scale=True, position="offset").requires_grad_(False)
+    present = lambda **calls: {name.replace("_", " "): call for name, call in calls.items() if call}
+    interleaved("DINOv2 ViT-B/14, 224 px, batch 8", present(ours=lambda: vit(x), transformers=peer(dinov2)))
+    images, latents, own, theirs = torch.rand(1, 3, 256, 256) * 2 - 1, torch.randn(1, 4, 32, 32), dec.VAE().requires_grad_(False), peer(vae) or (None, None)
+    interleaved("VAE encode, 256 px", present(ours=lambda: own.posterior(images), diffusers=theirs[0]))
+    interleaved("VAE decode, 256 px", present(ours=lambda: own.decode(latents), diffusers=theirs[1]))
+    with tempfile.TemporaryDirectory() as folder:
         path = folder + "/inception.pth"
         torch.save({**fid.Inception("tf1").state_dict(), "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, path)
-        ours, theirs = fid.load_inception(path), pytorch_fid_net(path)
-    nets = {"ours": lambda: ours(x)}
-    if theirs:
-        last = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
-        nets["pytorch-fid"] = lambda: theirs(x.float() / 255)
-        nets["pytorch-fid channels-last"] = lambda: last((x.float() / 255).contiguous(memory_format=torch.channels_last))
-    seconds = {name: [] for name in nets}
-    with torch.no_grad():
-        for i in range(rounds + 1):
-            for name, run in nets.items():
-                start = time.perf_counter()
-                run()
-                if i:
-                    seconds[name].append(time.perf_counter() - start)
-    for name, times in seconds.items():
-        print(f"{name:26s} {batch / statistics.median(times):6.2f} pictures/s, median of {rounds}, batch {batch}, {torch.get_num_threads()} threads")
+        net, pictures = fid.load_inception(path), torch.from_numpy(np.random.RandomState(0).randint(0, 256, (16, 3, 256, 256), np.uint8))
+        interleaved("FID Inception, 256 px, batch 16", present(ours=lambda: net(pictures), pytorch_fid=peer(lambda: inception(False)),
+                                                               pytorch_fid_channels_last=peer(lambda: inception(True))))
     r = np.random.RandomState(0)
     a, b = (np.cov(r.rand(2600, 2048), rowvar=False) for _ in range(2))
     start = time.perf_counter()
     fid.frechet_distance(np.zeros(2048), a, np.ones(2048), b)
-    print(f"distance at 2048 dimensions {time.perf_counter() - start:.1f} s")
+    print(f"Frechet distance at 2048 dimensions: {time.perf_counter() - start:.1f} s")
 
 
 def table_fid(weights, real, fake):
@@ -1809,26 +2015,38 @@ def train_reader(x, y, steps=1200, batch=64):
     return reader.eval()
 
 
-def score(path, train=None, held=None):
-    """Print what a checkpoint does: PSNR of held-out pictures at 20 steps, what a reader reads, Frechet distance in its features."""
-    model = RepTok.load(path)
-    (x, y), (real, labels) = train or digits(5500, 1), held or digits(1000, 2)
+def score(paths, train, held, evaluations, scales, interval):
+    """Print a table: a row a checkpoint, number of decoder evaluations and guidance scale.
+
+    PSNR of held-out pictures (mean of each one's own), the share that a reader reads as their class, the Frechet distance in the reader's 128
+    features. Generated: 32 pictures a class, 50 steps of Mixer and decoder; left out where several `evaluations` are asked for.
+    """
+    (x, y), (real, labels) = train, held
     reader, real = train_reader(x, y), real.float() / 127.5 - 1
-    accuracy = lambda images, wanted: f"{100 * (reader.read(images)[0] == wanted).float().mean().item():.1f} %"
-    recon = model.decode(model.encode(real), steps=20)
-    psnr = fid.psnr(fid.to_uint8(real), fid.to_uint8(recon)).mean().item()
-    print(f"reader on real held-out pictures  {accuracy(real, labels)}")
-    print(f"reader on reconstructions         {accuracy(recon, labels)}")
-    print(f"PSNR of reconstructions, 20 steps {psnr:.2f} dB ({len(real)} pictures, mean of each one's own)")
-    if model.mixer is not None and model.mixer.classes:
-        classes = torch.arange(model.mixer.classes).repeat_interleave(32)
-        images = model.decode(model.generate(classes, 50, 1.5, (0.3, 0.9)), 50)
-        print(f"reader on generated pictures      {accuracy(images, classes)} ({len(classes)} pictures, guidance 1.5 in [.3, .9])")
-        sides = [fid.Statistics(128) for _ in range(3)]
-        for side, pictures in zip(sides, (real, recon, images)):
+    share = lambda images, wanted: f"{100 * (reader.read(images)[0] == wanted).float().mean().item():.1f} %"
+
+    def distance(images):
+        sides = [fid.Statistics(128) for _ in range(2)]
+        for side, pictures in zip(sides, (real, images)):
             side.update(reader.read(pictures)[1])
-        for name, side in (("reconstructed", sides[1]), ("generated", sides[2])):
-            print(f"Frechet distance, {name:15s} {fid.frechet_distance(sides[0].mu, sides[0].cov, side.mu, side.cov):.2f} (reader's 128 features)")
+        return f"{fid.frechet_distance(sides[0].mu, sides[0].cov, sides[1].mu, sides[1].cov):.0f}"
+
+    print(f"{len(real)} held-out pictures, of which the reader reads {share(real, labels)}; guidance in {list(interval)}\n")
+    print("| checkpoint | evaluations | PSNR | reconstructed, read right | distance | guidance | generated, read right | distance |")
+    print("|---|---|---|---|---|---|---|---|")
+    for path in paths:
+        model = RepTok.load(path)
+        tokens, classes = model.encode(real), torch.arange(model.mixer.classes if model.mixer else 0).repeat_interleave(32)
+        for n in evaluations:
+            recon = model.decode(tokens, n)
+            psnr = fid.psnr(fid.to_uint8(real), fid.to_uint8(recon)).mean().item()
+            row = f"| {path} | {n} | {psnr:.2f} dB | {share(recon, labels)} | {distance(recon)} |"
+            if len(evaluations) > 1 or not len(classes):
+                print(f"{row} - | - | - |", flush=True)
+                continue
+            for scale in scales:
+                images = model.decode(model.generate(classes, 50, scale, interval), 50)
+                print(f"{row} {scale:g} | {share(images, classes)} | {distance(images)} |", flush=True)
 
 
 def nearest_colour(rgb):
@@ -1861,14 +2079,35 @@ def score_prompts(model, count=160, cfg=3.0):
               f"ground {share(b == d for (_, b), (_, d) in zip(seen, want))}, both {share(s == w for s, w in zip(seen, want))} ({count} prompts)")
 
 
+def options():
+    """The command line."""
+    p = one.Parser("Scores and timings; the tests are run by python -m pytest -q test_all.py")
+    p.add("--score", None, "checkpoints to score: a row each; one that takes captions is scored by its prompts", nargs="+")
+    p.add("--pictures", None, "pictures of one's own for --score: a folder to learn reading from, and one held out (default: digits)", nargs=2)
+    p.add("--evaluations", [20], "evaluations of the decoder in a reconstruction; several give a row each", nargs="+", type=one.whole(1))
+    p.add("--cfg", [1.5], "guidance scales; several give a row each", nargs="+", type=one.number(0))
+    p.add("--cfg-interval", [0.3, 0.9], "guidance acts while t is between these", nargs=2, type=one.number(0, 1))
+    p.add("--bench", False, "time the networks against transformers, diffusers and pytorch-fid, where they are installed", action="store_true")
+    p.add("--fid", None, "Inception weights and two folders: FID by ours, pytorch-fid and torch-fidelity", nargs=3)
+    return p.parse_args()
+
+
+def main():
+    """What is measured and not tested. Raises UserError."""
+    args = options()
+    if args.bench:
+        return bench_peers()
+    if args.fid:
+        return table_fid(*args.fid)
+    if not args.score:
+        raise tok.UserError("give --score, --bench or --fid; the tests are run by python -m pytest -q test_all.py")
+    models = [RepTok.load(path) for path in args.score]
+    if any(model.mixer is not None and model.mixer.cross for model in models):
+        return [score_prompts(model) for model in models]
+    folder = lambda path: (lambda p: (torch.stack([p.read(i) for i in range(len(p))]), p.labels))(one.Pictures(path, 16))
+    train, held = map(folder, args.pictures) if args.pictures else (digits(5500, 1), digits(1000, 2))
+    score(args.score, train, held, args.evaluations, args.cfg, args.cfg_interval)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--score"] and len(sys.argv) == 3:
-        loaded = RepTok.load(sys.argv[2])
-        score_prompts(loaded) if loaded.mixer is not None and loaded.mixer.cross else score(sys.argv[2])
-    elif sys.argv[1:2] == ["--score"] and len(sys.argv) == 5:  # pictures of one's own: a folder to learn reading from, and one held out
-        from_folder = lambda path: (lambda p: (torch.stack([p.read(i) for i in range(len(p))]), p.labels))(one.Pictures(path, 16))
-        score(sys.argv[2], from_folder(sys.argv[3]), from_folder(sys.argv[4]))
-    elif sys.argv[1:3] == ["--bench", "fid"]:
-        table_fid(*sys.argv[3:]) if len(sys.argv) == 6 else bench_fid()
-    else:
-        sys.exit("usage: python test_all.py --score CKPT [TRAIN HELD] | --bench fid [WEIGHTS REAL FAKE]    (the tests: python -m pytest -q test_all.py)")
+    one.run(main)

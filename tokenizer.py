@@ -236,23 +236,25 @@ def contrastive_loss(a, b, temperature=0.1):
     return F.cross_entropy(logits, torch.arange(2 * len(a), device=x.device).roll(len(a)))
 
 
-def pretrain(vit, batches, seed=0, lr=1e-3):
+def pretrain(vit, batches, seed=0, lr=1e-3, classes=0):
     """Train `vit` without labels so that two views of one picture get one token; yields the loss of every step.
 
-    batches: an iterable of images (B,3,H,W) in [-1,1], one a step; its length, if it has one, sets the cosine schedule.
-    The projection head on top is thrown away. Deterministic in (weights, batches, seed).
+    batches: an iterable of (images (B,3,H,W) in [-1,1], labels (B,), ...), one a step; its length sets the schedule. The labels are
+    used only where `classes` > 0, and then alone: a supervised prior, to compare with. The head on top is thrown away.
+    Deterministic in (weights, batches, seed).
     """
     D, device = vit.pos_embed.shape[-1], vit.pos_embed.device
-    head = nn.Sequential(nn.Linear(D, 2 * D), nn.BatchNorm1d(2 * D), nn.ReLU(), nn.Linear(2 * D, D // 2)).to(device)
+    head = nn.Sequential(nn.Linear(D, 2 * D), nn.BatchNorm1d(2 * D), nn.ReLU(), nn.Linear(2 * D, classes or D // 2)).to(device)
     parameters = [*vit.requires_grad_(True).parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)
     generator = torch.Generator(device).manual_seed(seed)
     mean, std = (torch.tensor(vit.config[k], device=device).view(3, 1, 1) for k in ("mean", "std"))
-    for step, images in enumerate(batches):
+    for step, (images, labels, *_) in enumerate(batches):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 50, 0.05 + 1.9 * (1 - step / len(batches)))
         images = resize(images, vit.pixels)
         x = (torch.cat([views(images, generator), views(images, generator)]) + 1) / 2
-        loss = contrastive_loss(*head(vit((x - mean) / std)[:, 0]).chunk(2))
+        out = head(vit((x - mean) / std)[:, 0])                                                                # (2B,E)
+        loss = F.cross_entropy(out, labels.repeat(2)) if classes else contrastive_loss(*out.chunk(2))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -45,8 +45,8 @@ SIZES = {
     "L": dict(pixels=256, decoder=dict(width=1024, depth=24, heads=16), mixer=dict(hidden=1024, depth=24)),
     "XL": dict(pixels=256, decoder=dict(width=1152, depth=28, heads=16), mixer=dict(hidden=1280, depth=28)),
 }
-PAPER = dict(steps=1_000_000, batch=512, lr=1e-4, warmup=2000, decay=False, ema=0.9999, t_mean=0.0)
-NANO = dict(steps=1200, batch=96, lr=3e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3)
+PAPER = dict(steps=1_000_000, batch=512, lr=1e-4, warmup=2000, decay=False, ema=0.9999, t_mean=0.0, cache=False)
+NANO = dict(steps=1200, batch=96, lr=3e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3, cache=True)
 
 
 # ---- Shared by both trainers: options and errors
@@ -118,7 +118,7 @@ def common_options(parser, stage):
     p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
     p.add("--clip-grad", 1.0, "largest norm of the gradient", type=number(0))
     p.add("--accumulate", 1, "cut each GPU's part of the batch into this many pieces to save memory", type=whole(1))
-    p.add("--prior-steps", 1600, "steps of the self-supervised prior, where one is trained", type=whole(1))
+    p.add("--prior-steps", 2400, "steps of the prior, 64 pictures each, where one is trained", type=whole(1))
     p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
     p.add("--save-every", 500 if stage == 1 else 1000, "steps between checkpoints and pictures", type=whole(1))
     p.add("--device", "auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
@@ -429,11 +429,6 @@ def noise_for(seeds, shape, device):
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
 
 
-def flipped(images, p):
-    """Mirror the pictures whose uniform draw p (B,) is below one half."""
-    return torch.where((p < 0.5)[:, None, None, None], images.flip(-1), images)
-
-
 def learning_rate(step, args):
     """Linear warm-up, then constant; nano's short runs then fall to a twentieth along a cosine."""
     rate = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
@@ -485,6 +480,55 @@ def move(optimizer, parameters, clip):
     optimizer.step()
     optimizer.zero_grad()
     return norm, bad
+
+
+CHUNK = 64  # pictures of one forward pass, always the same ones, so that what is kept does not depend on ranks or restarts
+
+
+def fingerprint(pictures, flip, *modules):
+    """SHA-256 of what frozen networks give: pictures, mirroring, weights."""
+    digest = hashlib.sha256(f"{pictures.fingerprint} {flip}".encode())
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def computed_once(path, fields, pictures, ranks, args, compute):
+    """What frozen networks give for every picture (and, with --flip, its mirror image), in one pass, kept in a file.
+
+    compute(images (b,3,S,S)) -> float tensors (b, ...), one for each of `fields`, (name, shape without b). Returns a memory-mapped array of N
+    records with `label` and the fields, (V,*shape) float16, V views; a mark says that a record is done, so that a stopped pass goes on
+    where it was and every rank writes its own records. Raises UserError where a value does not fit into float16.
+    """
+    N, V = len(pictures), 1 + args.flip
+    record = np.dtype([("done", "u1"), ("label", "<i4"), *((name, "<f2", (V, *shape)) for name, shape in fields)])
+    try:
+        there = np.load(path, mmap_mode="r")
+        whole = there.shape == (N,) and there.dtype == record
+    except (OSError, ValueError):
+        whole = False
+    ranks.wait()
+    if ranks.main and not whole:
+        np.lib.format.open_memmap(path, mode="w+", dtype=record, shape=(N,)).flush()
+    ranks.wait()
+    rows = np.load(path, mmap_mode="r+")
+    chunks = [list(range(i, min(i + CHUNK, N))) for i in range(0, N, CHUNK)][ranks.rank::ranks.world]
+    chunks = [chunk for chunk in chunks if not rows["done"][chunk].all()]
+    loader = Loader(pictures, chunks, ranks, args.workers, args.max_bad)
+    for chunk, (images, labels, _) in zip(chunks, tqdm(loader, desc=path.stem.split("-")[0], unit_scale=CHUNK, disable=not ranks.main, dynamic_ncols=True)):
+        with autocast(ranks, args.dtype):
+            views = [compute(view) for view in ([images, images.flip(-1)] if args.flip else [images])]
+        for (name, _), values in zip(fields, zip(*views)):
+            values = torch.stack(values, 1).to(torch.float16)                                      # (b,V,...)
+            if not values.isfinite().all():
+                raise UserError(f"{path}: the networks gave values that are not finite or beyond float16; check their weights, or use --dtype float32")
+            rows[name][chunk] = values.cpu().numpy()
+        rows["label"][chunk], rows["done"][chunk] = labels.cpu().numpy(), 1
+    rows.flush()
+    ranks.wait()
+    return np.load(path, mmap_mode="r")
 
 
 # ---- Shared: checkpoints, log, interruption
@@ -685,21 +729,23 @@ def bench_rows(rows, device, dtype):
 def self_supervised(args, pictures, ranks):
     """The small prior: a ViT trained without labels on the pictures themselves, kept in OUT/prior.pt. Returns it frozen."""
     path = Path(args.out, "prior.pt")
-    made = {"data": pictures.fingerprint, "seed": args.seed, "prior_steps": args.prior_steps, "pixels": args.pixels}
+    made = {"data": pictures.fingerprint, **{name: getattr(args, name) for name in ("seed", "prior", "prior_steps", "registers", "pixels")}}
+    if args.prior == "labels" and not pictures.classes:
+        raise UserError("--prior labels needs pictures in class folders; use --prior self")
     if path.exists() and not args.fresh:
         then = load_checkpoint(path, ["prior"])["settings"]
         for name in made:
             if made[name] != then.get(name):
                 raise UserError(f"--{name.replace('_', '-')} is not that of {path}; use the same, another --out, or --fresh")
     elif ranks.main:
-        print(f"No encoder given: a ViT of {args.pixels}x{args.pixels} pixels is self-supervised on the pictures first, without labels; "
-              f"real use takes DINOv2 (--encoder)")
+        how = "self-supervised on the pictures first, without labels" if args.prior == "self" else "supervised by the labels first"
+        print(f"No encoder given: a ViT of {args.pixels}x{args.pixels} pixels is {how}; real use takes DINOv2 (--encoder)")
         vit = new_vit(args).to(ranks.device)
         solo = argparse.Namespace(rank=0, world=1, device=ranks.device)
-        loader = Loader(pictures, Order(len(pictures), min(128, len(pictures)), solo, 0, args.prior_steps, args.seed + 1), solo,
+        loader = Loader(pictures, Order(len(pictures), min(64, len(pictures)), solo, 0, args.prior_steps, args.seed + 1), solo,
                         args.workers, args.max_bad)
-        bar, batches = tqdm(total=len(loader), desc="prior", dynamic_ncols=True), Images(loader)
-        for step, loss in enumerate(tok.pretrain(vit, batches, args.seed)):
+        bar, classes = tqdm(total=len(loader), desc="prior", dynamic_ncols=True), len(pictures.classes) if args.prior == "labels" else 0
+        for step, loss in enumerate(tok.pretrain(vit, loader, args.seed, classes=classes)):
             bar.update()
             if step % 20 == 0:
                 bar.set_postfix_str(f"loss {loss.item():.3f}")
@@ -709,26 +755,13 @@ def self_supervised(args, pictures, ranks):
     return encoder(str(path))
 
 
-class Images:
-    """A Loader's pictures alone, with its length."""
-
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        return (images for images, _, _ in self.loader)
-
-
 def new_vit(args):
     """An untrained ViT: nano's own, or DINOv2 ViT-B/14's shape with registers."""
     torch.manual_seed(args.seed)
     if args.size == "nano":
         if args.pixels % 4:
             raise UserError(f"--pixels {args.pixels} cannot be cut into nano's patches of 4x4; choose a multiple of 4")
-        return ViT(pixels=args.pixels, grid=args.pixels // 4, hidden=256)
+        return ViT(pixels=args.pixels, grid=args.pixels // 4, hidden=256, registers=args.registers)
     return ViT(768, 12, 12, 3072, 14, 37, registers=4, layer_scale=True, pixels=224, mean=tok.IMAGENET[0], std=tok.IMAGENET[1])
 
 
@@ -804,7 +837,10 @@ def options():
     p.add("--unfreeze", "token", "what of the encoder is trained", choices=["token", "all", "none"])
     p.add("--token", "cls", "what is read: class token, one register, or all of them (K = 1 + registers)", choices=["cls", "reg", "all"])
     p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
+    p.add("--prior", "self", "how nano's own prior is trained: self-supervised, or by the labels", choices=["self", "labels"])
+    p.add("--registers", 0, "register tokens of nano's own prior", type=whole(0))
     p.add("--t-mean", None, "t = sigmoid(N(this,1)); below 0 nearer to noise", type=number(-10, 10))
+    p.add("--cache", None, "compute VAE posteriors and original tokens once, into a float16 file (default: nano only)", action=argparse.BooleanOptionalAction)
     p.add("--checkpointing", False, "recompute activations in the backward pass: less memory, more time", action="store_true")
     p.add("--write-data", None, "write --num pictures of the default data as PNG in class folders to this folder, and exit")
     p.add("--num", 2000, "how many pictures --write-data writes", type=whole(1))
@@ -956,25 +992,38 @@ def main():
                 save_picture(grid([shown, reconstruct(tokenizer, decoder, vae, shown).float()]), out.with_suffix(".png"))
         ranks.wait()
 
+    @torch.no_grad()
+    def frozen(x):
+        """What does not change in training: mean and log-variance of the latents, the original tokens."""
+        return [u.float() for u in (*vae.posterior(x), tokenizer.prior(x))]
+
+    shape = (args.batch, decoder.config["channels"], decoder.config["size"], decoder.config["size"])
+    if args.cache:
+        fields = [("mean", shape[1:]), ("logvar", shape[1:]), ("prior", (tokenizer.K, tokenizer.width))]
+        path = Path(args.out, f"cache-{fingerprint(pictures, args.flip, tokenizer.original or tokenizer.vit, vae)[:12]}.npy")
+        rows = computed_once(path, fields, pictures, ranks, args, frozen)
+
+    def kept(indices, mirror):
+        """The same from the file of --cache."""
+        found = rows[indices.numpy()]
+        return [torch.from_numpy(found[name][np.arange(len(found)), mirror.long().cpu().numpy()]).to(ranks.device).float() for name, _ in fields]
+
     loader = Loader(pictures, Order(len(pictures), args.batch, ranks, first, args.steps, args.seed), ranks, args.workers, args.max_bad)
     log, bins, stop = Log(out.with_suffix(".jsonl"), ranks, first, args.steps, args.batch), Bins(ranks.device), Interruption(ranks)
-    shape = (args.batch, decoder.config["channels"], decoder.config["size"], decoder.config["size"])
     for step, (images, _, indices) in enumerate(loader, first):
         # drawn for the whole batch on every rank, so that ranks and accumulation do not change the sequence
         draw = generator(args.seed, step, 0, ranks.device)
         t = ranks.part(torch.sigmoid(torch.randn(args.batch, generator=draw, device=ranks.device) + args.t_mean))
         noise, posterior = (ranks.part(torch.randn(shape, generator=draw, device=ranks.device)) for _ in range(2))
-        if args.flip:
-            images = flipped(images, ranks.part(torch.rand(args.batch, generator=draw, device=ranks.device)))
+        mirror = ranks.part(torch.rand(args.batch, generator=draw, device=ranks.device)) < 0.5 * args.flip
+        images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         losses, cosines = [], []
-        for n, (x, s, e, q) in enumerate(zip(*(u.chunk(args.accumulate) for u in (images, t, noise, posterior)))):
+        for n, (x, i, m, s, e, q) in enumerate(zip(*(u.chunk(args.accumulate) for u in (images, indices, mirror, t, noise, posterior)))):
             wait = contextlib.nullcontext() if n == args.accumulate - 1 or ranks.world == 1 else model.no_sync()
             with wait, autocast(ranks, args.dtype):
-                with torch.no_grad():
-                    latents = vae.encode(x, q).float()                                             # (b,C,h,w)
-                    prior = tokenizer.prior(x) if args.lam else None                               # (b,K,D)
-                flow, cosine = model(x, latents, s, e, prior)                                      # Eq. 1 and 2; Eq. 3
+                mean, logvar, prior = kept(i, m) if args.cache else frozen(x)                      # (b,C,h,w) twice, (b,K,D)
+                flow, cosine = model(x, vae.sample(mean, logvar, q), s, e, prior)                                      # Eq. 1 and 2; Eq. 3
                 ((flow + args.lam * cosine).mean() / args.accumulate).backward()
             losses.append(flow.detach()), cosines.append(cosine.detach())
         norm, bad = move(optimizer, parameters, args.clip_grad)

@@ -10,24 +10,21 @@ them without reading a picture again. Writes OUT/stage2.pt (self-contained), OUT
 fixed noise, a row a class). Run again, it goes on.
 """
 import contextlib
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from decoder import flow_loss
 from mixer import Mixer
 from sample import RepTok
 from tokenizer import ClipText, UserError, WordEncoder, load_text_encoder, text_mask
-from train_stage1 import (EMA, SIZES, Bins, Interruption, Loader, Log, Order, Parser, Pictures, Ranks, autocast, bench_rows, common_options, continued,
-                          generator, grid, learning_rate, make_folder, move, noise_for, number, run, save_checkpoint, save_picture, settings, whole)
+from train_stage1 import (EMA, SIZES, Bins, Interruption, Log, Order, Parser, Pictures, Ranks, autocast, bench_rows, common_options, computed_once,
+                          continued, fingerprint, generator, grid, learning_rate, make_folder, move, noise_for, number, run, save_checkpoint, save_picture, settings, whole)
 
 PAPER = dict(steps=700_000, batch=256, lr=1e-4, warmup=2000, decay=False, ema=0.9999)
 NANO = dict(steps=1400, batch=256, lr=2e-3, warmup=100, decay=True, ema=0.995)
-CHUNK = 64  # pictures encoded together, always the same ones, so that tokens do not depend on ranks or restarts
 
 
 def options():
@@ -52,46 +49,11 @@ def options():
     return args
 
 
-def fingerprint(model, pictures, flip):
-    """SHA-256 of what the tokens depend on: pictures, mirroring, the tokenizer's weights."""
-    digest = hashlib.sha256(f"{pictures.fingerprint} {flip}".encode())
-    for name, tensor in model.tokenizer.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
 def encode(model, pictures, ranks, args, digest):
-    """Tokens of every picture (and, with --flip, of its mirror image), once: (N,V,K,D) float16 and labels (N,).
-
-    One file holds them, a record a picture with a mark that it is done, so that a stopped pass goes on where it was and every rank
-    writes its own records. Its name carries the fingerprint of pictures and tokenizer.
-    """
-    path, N = Path(args.out, f"tokens-{digest[:12]}.npy"), len(pictures)
-    record = np.dtype([("done", "u1"), ("label", "<i4"), ("tokens", "<f2", (1 + args.flip, model.tokenizer.K, model.tokenizer.width))])
-    try:
-        whole = np.load(path, mmap_mode="r").shape == (N,) and np.load(path, mmap_mode="r").dtype == record
-    except (OSError, ValueError):
-        whole = False
-    if ranks.main and not whole:
-        np.lib.format.open_memmap(path, mode="w+", dtype=record, shape=(N,)).flush()
-    ranks.wait()
-    rows = np.load(path, mmap_mode="r+")
-    chunks = [list(range(i, min(i + CHUNK, N))) for i in range(0, N, CHUNK)][ranks.rank::ranks.world]
-    chunks = [chunk for chunk in chunks if not rows["done"][chunk].all()]
-    loader = Loader(pictures, chunks, ranks, args.workers, args.max_bad)
-    for chunk, (images, labels, _) in zip(chunks, tqdm(loader, desc="tokens", unit_scale=CHUNK, disable=not ranks.main, dynamic_ncols=True)):
-        with autocast(ranks, args.dtype):
-            both = [model.tokenizer(view).float().cpu().numpy() for view in ([images, images.flip(-1)] if args.flip else [images])]
-        rows["tokens"][chunk], rows["label"][chunk] = np.stack(both, 1), labels.cpu().numpy()      # (b,V,K,D)
-        rows["done"][chunk] = 1
-    rows.flush()
-    ranks.wait()
-    rows = np.load(path, mmap_mode="r")
-    tokens, labels = torch.from_numpy(rows["tokens"].copy()), torch.from_numpy(rows["label"].astype(np.int64))
-    if not tokens.isfinite().all():
-        raise UserError(f"{path}: the tokenizer gave values that are not finite or beyond float16; check --stage1, or use --dtype float32")
-    return tokens.to(ranks.device), labels.to(ranks.device)
+    """Tokens of every picture (and, with --flip, of its mirror image), once: (N,V,K,D) float16, and labels (N,), on the device."""
+    rows = computed_once(Path(args.out, f"tokens-{digest[:12]}.npy"), [("tokens", (model.tokenizer.K, model.tokenizer.width))], pictures, ranks,
+                         args, lambda images: [model.tokenizer(images)])
+    return torch.from_numpy(rows["tokens"].copy()).to(ranks.device), torch.from_numpy(rows["label"].astype(np.int64)).to(ranks.device)
 
 
 class Stage2(nn.Module):
@@ -173,7 +135,7 @@ def main():
     source = args.captions if args.captions != "digits" else None
     pictures = Pictures(source or args.data, model.pixels, args.seed, named=args.captions == "digits")
     make_folder(args.out)
-    digest = fingerprint(model, pictures, args.flip)
+    digest = fingerprint(pictures, args.flip, model.tokenizer)
     last = continued(out, args, "stage2", digest)
     torch.manual_seed(args.seed)
     text, width = text_source(args, pictures, ranks.device) if args.captions else (None, None)
