@@ -260,6 +260,8 @@ def sha256(path):
 
 def load_weights(module, path, what, ignore=()):
     """Fill `module` from the state dict at `path`, running no code from it; returns the SHA-256. UserError says what is wrong."""
+    if torch.__version__ < (2, 6):  # CVE-2025-32434: weights_only ran code before
+        raise UserError(f"{path} cannot be read safely by torch {torch.__version__}: install torch 2.6 or newer")
     if not os.path.isfile(path):
         raise UserError(", from ".join([f"{path} is missing: put {what} there", *(u for u in URLS if u.endswith(os.path.basename(path)))]))
     with naming(f"{path} is not {what}, or damaged"):

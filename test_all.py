@@ -772,8 +772,8 @@ def launch(script, *args, world=1, port=29633):
                             start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def stop_at(process, log, step, which):
-    """Send a signal to the whole process group once `log` shows `step`."""
+def stop_at(process, log, step, which, only=b""):
+    """Send a signal to all processes of a run (or those with `only` in their environment) once `log` shows `step`."""
     for _ in range(3000):
         if process.poll() is not None or log.exists() and log.read_text().count("\n") >= step:
             break
@@ -781,7 +781,7 @@ def stop_at(process, log, step, which):
     if which == signal.SIGKILL:  # torchrun's workers are in groups of their own
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                if str(log.parent).encode() in (entry / "cmdline").read_bytes():
+                if str(log.parent).encode() in (entry / "cmdline").read_bytes() and only in (entry / "environ").read_bytes():
                     os.kill(int(entry.name), which)
             except OSError:
                 pass
@@ -807,6 +807,14 @@ def test_killed_and_continued_equals_never_stopped(trained, tmp_path, script, wo
         assert done.returncode == 0, output
         results[name] = losses(out / f"{stage}.jsonl")
     assert results["whole"] == results["killed"] and len(results["whole"]) == 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the process in /proc")
+def test_a_dead_rank_ends_the_others_and_is_named(trained, tmp_path):
+    args = ["--data", trained / "data", "--out", tmp_path, "--steps", 100_000, "--batch", 8, "--log-every", 1, "--stage1", trained / "out" / "stage1.pt"]
+    process = launch("train_stage2.py", *args, "--device", "cpu", world=2, port=29641)
+    _, said = stop_at(process, tmp_path / "stage2.jsonl", 3, signal.SIGKILL, b"\0RANK=1\0")
+    assert process.returncode == 1 and re.search(r"rank\s*: 1 ", said) and "train_stage2.py" in said
 
 
 def test_sigterm_finishes_the_step_and_saves(trained, tmp_path):
@@ -987,7 +995,7 @@ def test_clip_text_end_to_end(trained, small_clip, inception, tmp_path, capfd):
     said = command("sample.py", "--ckpt", ckpt, "--eval", tmp_path / "t.jsonl", "--num", 12, "--steps", 2, *clip, "--inception", inception,
                    "--json", tmp_path / "s.json", "--save", tmp_path / "kept", "--device", "cpu")
     rows = {row["metric"]: row["value"] for row in json.loads((tmp_path / "s.json").read_text())}
-    pictures, tensors, words = one.Pictures(str(tmp_path / "t.jsonl"), 16), torch.load(small_clip[0]), tok.BPE(small_clip[1])
+    pictures, tensors, words = one.Pictures(str(tmp_path / "t.jsonl"), 16), torch.load(small_clip[0], weights_only=True), tok.BPE(small_clip[1])
     vit, tower, cosines = tok.load_encoder(small_clip[0]), tok.load_text_encoder(small_clip[0]), []
     for i in range(12):
         x = torch.from_numpy(np.array(Image.open(tmp_path / "kept" / "generated" / f"{i:06d}.png"))).permute(2, 0, 1)[None] / 127.5 - 1
@@ -1398,18 +1406,22 @@ def dinov2(width=64):
 def clip(dtype=torch.float32):
     """{name: tensor} in OpenAI's names, both towers, matrices in `dtype`, with the scalars that the archives hold."""
     w, ab = lambda *s: torch.randn(s, generator=torch.Generator().manual_seed(sum(s))), ("weight", "bias")
-    state = {"token_embedding.weight": w(99, 32), "positional_embedding": w(77, 32), "text_projection": w(32, 32),
+    state = {
+        "token_embedding.weight": w(99, 32),
+        "positional_embedding": w(77, 32),
+        "text_projection": w(32, 32),
         "visual.proj": w(64, 32),
-             "visual.conv1.weight": w(64, 3, 4, 4), "visual.class_embedding": w(64), "visual.positional_embedding": w(5, 64)}
+        "visual.conv1.weight": w(64, 3, 4, 4),
+        "visual.class_embedding": w(64),
+        "visual.positional_embedding": w(5, 64),
+    }
     state |= {f"{ln}.{n}": w(d) for ln, d in (("ln_final", 32), ("visual.ln_pre", 64), ("visual.ln_post", 64)) for n in ab}
     for at, d in (("transformer.resblocks.0.", 32), ("visual.transformer.resblocks.0.", 64)):
-        state |= {f"{at}attn.in_proj_weight": w(3 * d, d), f"{at}attn.in_proj_bias": w(3 * d)} | {f"{at}ln_{i}.{n}": w(d)
-            for i in (1, 2) for n in ab}
+        state |= {f"{at}attn.in_proj_weight": w(3 * d, d), f"{at}attn.in_proj_bias": w(3 * d)} | {f"{at}ln_{i}.{n}": w(d) for i in (1, 2) for n in ab}
         for name, out, into in (("attn.out_proj", d, d), ("mlp.c_fc", 4 * d, d), ("mlp.c_proj", d, 4 * d)):
             state |= {f"{at}{name}.weight": w(out, into), f"{at}{name}.bias": w(out)}
     state = {k: v.to(dtype) if v.ndim > 1 else v for k, v in state.items()}
-    return state | {k: torch.tensor(n) for k, n in (("logit_scale", 4.6), ("input_resolution", 8), ("context_length", 77),
-        ("vocab_size", 99))}
+    return state | {k: torch.tensor(n) for k, n in (("logit_scale", 4.6), ("input_resolution", 8), ("context_length", 77), ("vocab_size", 99))}
 
 
 class Branch(nn.Sequential):
@@ -1484,11 +1496,18 @@ def test_files_made_to_run_code_do_not(tmp_path):
     m, script = str(mark), members(torchscript(clip(), tmp_path / "script.pt"))
     root = next(k for k in script if k.endswith("/data.pkl"))
     inner.write_bytes(pickle.dumps(Run(os.mkdir, m)))
-    harms = [Run(os.system, f"touch {m}"), Run(exec, f"open({m!r}, 'w')"), Run(eval, f"open({m!r}, 'w')"), Run(open, m, "w"),
+    harms = [
+        Run(os.system, f"touch {m}"),
+        Run(exec, f"open({m!r}, 'w')"),
+        Run(eval, f"open({m!r}, 'w')"),
+        Run(open, m, "w"),
         Run(os.mkdir, m),
-             Run(subprocess.check_call, ["touch", m]), Run(np.save, m, 0), Run(torch.save, 0, m),
-             Run(getattr, Run(open, m, "w"), "name"),
-             Run(functools.partial(torch.load, weights_only=False), inner)]
+        Run(subprocess.check_call, ["touch", m]),
+        Run(np.save, m, 0),
+        Run(torch.save, 0, m),
+        Run(getattr, Run(open, m, "w"), "name"),
+        Run(functools.partial(torch.load, weights_only=False), inner),
+    ]
     readers = [tok.load_encoder, tok.load_text_encoder, dec.load_vae, RepTok.load, one.encoder, fid.read_statistics]
     for n, harm in enumerate(harms):
         with contextlib.suppress(RuntimeError):  # of torch.load, after it has run inner.pkl
@@ -1497,19 +1516,28 @@ def test_files_made_to_run_code_do_not(tmp_path):
         mark.rmdir() if mark.is_dir() else mark.unlink()
         bare = {"kind": "prior", "state_dict": {"cls_token": torch.ones(1), "x": harm}, "config": harm}
         data = pickle.dumps(bare | {"state_dict": harm, "state": 0}, n % 6)
-        files = {"zip.pt": written(torch.save, bare), "whole.pt": written(torch.save, harm),
+        files = {
+            "zip.pt": written(torch.save, bare),
+            "whole.pt": written(torch.save, harm),
             "zip.ckpt": written(torch.save, bare),
-                 "old.pth": written(torch.save, bare, **OLD), "plain.pth": data, "plain.ckpt": data, "plain.safetensors": data,
-                 "plain.npz": data,
-                 "script.pt": zipped(script | {root: data}),
-                 "mu.npz": written(np.savez, mu=np.array([harm], object), sigma=np.eye(1))}
+            "old.pth": written(torch.save, bare, **OLD),
+            "plain.pth": data,
+            "plain.ckpt": data,
+            "plain.safetensors": data,
+            "plain.npz": data,
+            "script.pt": zipped(script | {root: data}),
+            "mu.npz": written(np.savez, mu=np.array([harm], object), sigma=np.eye(1)),
+        }
         for name in files:
             (tmp_path / name).write_bytes(files[name])
             for read in readers + [fid.load_inception] * (n == 0 and name in ("zip.pt", "old.pth", "script.pt")):
                 assert sentence(read, tmp_path / name), (read, name)  # none of them is a whole encoder, VAE or checkpoint
                 assert not mark.exists(), (harm.call, read, name)
-    for script, *options in ("sample.py", "--ckpt"), ("train_stage1.py", "--out", tmp_path / "o",
-            "--encoder"), ("train_stage1.py", "--out", tmp_path / "o", "--vae"):
+    for script, *options in (
+        ("sample.py", "--ckpt"),
+        ("train_stage1.py", "--out", tmp_path / "o", "--encoder"),
+        ("train_stage1.py", "--out", tmp_path / "o", "--vae"),
+    ):
         assert "zip.ckpt" in command(script, *options, tmp_path / "zip.ckpt", ok=False) and not mark.exists()
 
 
@@ -1520,22 +1548,42 @@ class Colour(enum.Enum):
 def test_classes_of_other_packages_load_inertly(tmp_path):
     """A file of Lightning's kind, with classes that cannot be imported when it is read."""
     gone, state = types.ModuleType("gone"), dinov2()
-    for base in (dict, list, set, object, collections.OrderedDict, collections.defaultdict,
-            collections.namedtuple("Pair", "a b")):
+    for base in (dict, list, set, object, collections.OrderedDict, collections.defaultdict, collections.namedtuple("Pair", "a b")):
         setattr(gone, base.__name__, type(base.__name__, (base,), {"__module__": "gone"}))
     gone.Slots, gone.Colour, Colour.__module__ = type("Slots", (), {"__slots__": ("a",), "__module__": "gone"}), Colour, "gone"
     node, slots, pair = gone.object(), gone.Slots(), gone.Pair(1, torch.ones(1))
     node.__dict__.update(_content={"scale_factor": 1.3}, _parent=node)
     slots.a = 1
-    other = [gone.dict(a=1), gone.list([1, 2]), gone.set([3]), gone.OrderedDict(b=2), gone.defaultdict(list, c=[1]), node, pair,
-        slots, Colour.RED,
-             {Colour.RED: 1, gone.object: 2, pair: 3, (1, 2): 4}, PurePosixPath("/a"), np.float64(3), np.arange(3), {1, 2},
-             functools.partial(max, 1),
-             collections.Counter("aab"), collections.deque([1]), torch.device("cpu"), torch.bfloat16, torch.Size([1]), 1j,
-             range(3), b"x", bytearray(b"y"),
-             frozenset([1]), nn.Linear(1, 1), torch.complex(torch.ones(1), torch.ones(1))]
-    lightning = {"epoch": 1, "state_dict": collections.OrderedDict(state), "hyper_parameters": node, "callbacks": other,
-        "loops": {"x": other}}
+    other = [
+        gone.dict(a=1),
+        gone.list([1, 2]),
+        gone.set([3]),
+        gone.OrderedDict(b=2),
+        gone.defaultdict(list, c=[1]),
+        node,
+        pair,
+        slots,
+        Colour.RED,
+        {Colour.RED: 1, gone.object: 2, pair: 3, (1, 2): 4},
+        PurePosixPath("/a"),
+        np.float64(3),
+        np.arange(3),
+        {1, 2},
+        functools.partial(max, 1),
+        collections.Counter("aab"),
+        collections.deque([1]),
+        torch.device("cpu"),
+        torch.bfloat16,
+        torch.Size([1]),
+        1j,
+        range(3),
+        b"x",
+        bytearray(b"y"),
+        frozenset([1]),
+        nn.Linear(1, 1),
+        torch.complex(torch.ones(1), torch.ones(1)),
+    ]
+    lightning = {"epoch": 1, "state_dict": collections.OrderedDict(state), "hyper_parameters": node, "callbacks": other, "loops": {"x": other}}
     for more in {}, {"pickle_protocol": 3}, {"pickle_protocol": 4}, {"pickle_protocol": 5}:
         sys.modules["gone"] = gone
         (tmp_path / "a.ckpt").write_bytes(written(torch.save, lightning, **more))
@@ -1560,18 +1608,43 @@ def test_safetensors(tmp_path):
         path.write_bytes(safetensors({k: v.to(dtype) for k, v in state.items()}))
         assert all(torch.equal(v, state[k].to(dtype).float()) for k, v in tok.load_encoder(path).state_dict().items())
     entry = lambda shape, a, b, dtype="F32": {"dtype": dtype, "shape": shape, "data_offsets": [a, b]}
-    lies = [([8], 16, 48), ([huge], 0, 4 * huge), ([-4], 0, 16), ([-2, -2], 0, 16), ([4], -16, 0), ([4], 16, 0), ([3], 0, 16),
+    lies = [
+        ([8], 16, 48),
+        ([huge], 0, 4 * huge),
+        ([-4], 0, 16),
+        ([-2, -2], 0, 16),
+        ([4], -16, 0),
+        ([4], 16, 0),
+        ([3], 0, 16),
         ([huge, huge], 0, 16),
-            ([4], 0, 16, "F99"), ([[0], huge], 0, 16), (["x", huge], 0, 16), ([4.0], 0, 16), ([4], 0.0, 16.0), ([4], "0", "16")]
-    headers = [{"a": entry(*lie)} for lie in lies] + [{"a": entry([4], 0, 16), "b": entry([4], at, at + 16)}
-        for at in (0, 12)] + [
-        {}, {"a": 1}, {"a": {}}, {"a": None}, {"__metadata__": {"x": "y"}}, b'{"a": ', b"{}}}", b"{" + b"[" * 10**5,
-        b'{"a":' * 10**5,
-        b'{"a": ' + b"9" * 10**5 + b"}", b"{\xff\xfe}", b'{"a": [NaN]}', b'{"a": {"dtype": "F32", "shape": [4]}}']
-    files = [safetensors(two, header) for header in headers] + [n.to_bytes(8, "little") + safetensors(two)[8:]
-        for n in (0, 1, 17, 2**32, 2**44, 2**63)]
-    files += [safetensors(two, {"a" * 10**6: entry([4], 0, 16),
-        "\x1b[2J\n\u202e": entry([4], 16, 32)})]  # names not for a terminal
+        ([4], 0, 16, "F99"),
+        ([[0], huge], 0, 16),
+        (["x", huge], 0, 16),
+        ([4.0], 0, 16),
+        ([4], 0.0, 16.0),
+        ([4], "0", "16"),
+    ]
+    headers = (
+        [{"a": entry(*lie)} for lie in lies]
+        + [{"a": entry([4], 0, 16), "b": entry([4], at, at + 16)} for at in (0, 12)]
+        + [
+            {},
+            {"a": 1},
+            {"a": {}},
+            {"a": None},
+            {"__metadata__": {"x": "y"}},
+            b'{"a": ',
+            b"{}}}",
+            b"{" + b"[" * 10**5,
+            b'{"a":' * 10**5,
+            b'{"a": ' + b"9" * 10**5 + b"}",
+            b"{\xff\xfe}",
+            b'{"a": [NaN]}',
+            b'{"a": {"dtype": "F32", "shape": [4]}}',
+        ]
+    )
+    files = [safetensors(two, header) for header in headers] + [n.to_bytes(8, "little") + safetensors(two)[8:] for n in (0, 1, 17, 2**32, 2**44, 2**63)]
+    files += [safetensors(two, {"a" * 10**6: entry([4], 0, 16), "\x1b[2J\n\u202e": entry([4], 16, 32)})]  # names not for a terminal
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     for n, data in enumerate(files):
         path.write_bytes(data)
@@ -1584,25 +1657,23 @@ def test_wrong_files_name_themselves(tmp_path):
     t, whole, path = torch.zeros, dinov2(), tmp_path / "a.pth"
     inception = {f"Mixed_5b.branch1x1_{i}.conv.weight": t(1) for i in range(9)} | {"fc.weight": t(9, 9)}
     heads, vgg = {f"lin{i}.model.1.weight": t(1, 4, 1, 1) for i in range(5)}, {f"features.{i}.weight": t(1) for i in range(9)}
-    vae = {"first_stage_model." + k.replace("mid_block.resnets.0", "mid.block_1"): v for k,
-        v in dec.VAE((32,) * 4).state_dict().items()}
+    vae = {"first_stage_model." + k.replace("mid_block.resnets.0", "mid.block_1"): v for k, v in dec.VAE((32,) * 4).state_dict().items()}
     cut = {k: v for k, v in whole.items() if not k.startswith(("blocks.1", "norm"))} | {"blocks.1.norm1.weight": t(64)}
     for content, read, looks, missing, unexpected in [
-            (inception, tok.load_encoder, "FID Inception", "cls_token", "Mixed_5b"),
-            (inception, dec.load_vae, "FID Inception", "encoder.conv_in", "Mixed"),
-            (inception, tok.load_text_encoder, "FID Inception", "token_embedding.weight", "Mixed"),
-            (vae, tok.load_encoder, "SD VAE", "cls_token", "first_"),
-            (whole, dec.load_vae, "DINOv2", "encoder.conv_in.weight", "cls_token"),
-            (heads, tok.load_encoder, "LPIPS", "cls_token", "lin0"),
-            (vgg, dec.load_vae, "VGG16", "encoder.conv_in", "features.0"),
-            (cut, tok.load_encoder, "DINOv2", "blocks.1.norm1.bias", "none"),
-            (clip(), dec.load_vae, "CLIP", "encoder.conv_in", "text_projection"),
-            (whole, tok.load_text_encoder, "DINOv2", "token_embedding", "cls_token"),
-            (dinov2(32) | {"cls_token": t(1, 1, 64)}, tok.load_encoder, "DINOv2", "cls_token (1, 1, 32)",
-            "cls_token (1, 1, 64)")]:
+        (inception, tok.load_encoder, "FID Inception", "cls_token", "Mixed_5b"),
+        (inception, dec.load_vae, "FID Inception", "encoder.conv_in", "Mixed"),
+        (inception, tok.load_text_encoder, "FID Inception", "token_embedding.weight", "Mixed"),
+        (vae, tok.load_encoder, "SD VAE", "cls_token", "first_"),
+        (whole, dec.load_vae, "DINOv2", "encoder.conv_in.weight", "cls_token"),
+        (heads, tok.load_encoder, "LPIPS", "cls_token", "lin0"),
+        (vgg, dec.load_vae, "VGG16", "encoder.conv_in", "features.0"),
+        (cut, tok.load_encoder, "DINOv2", "blocks.1.norm1.bias", "none"),
+        (clip(), dec.load_vae, "CLIP", "encoder.conv_in", "text_projection"),
+        (whole, tok.load_text_encoder, "DINOv2", "token_embedding", "cls_token"),
+        (dinov2(32) | {"cls_token": t(1, 1, 64)}, tok.load_encoder, "DINOv2", "cls_token (1, 1, 32)", "cls_token (1, 1, 64)"),
+    ]:
         torch.save(content, path)
-        said = re.fullmatch(r".*: not (an? .*); it looks like (.*); missing (\d+): (.*); unexpected (\d+): (.*)",
-            sentence(read, path))
+        said = re.fullmatch(r".*: not (an? .*); it looks like (.*); missing (\d+): (.*); unexpected (\d+): (.*)", sentence(read, path))
         assert said and looks in said[2] and missing in said[4] and unexpected in said[6], said
         assert {dec.load_vae: "SD VAE", tok.load_encoder: "image encoder", tok.load_text_encoder: "text tower"}[read] in said[1]
         assert all(len(re.findall(r"[\w.]+ \([\d, ]*\)", said[n + 1])) == min(5, int(said[n])) for n in (3, 5)), said
@@ -1610,6 +1681,12 @@ def test_wrong_files_name_themselves(tmp_path):
     assert "FID Inception" in sentence(one.encoder, path) and "RepTok" in sentence(RepTok.load, path)
     path.write_bytes(written(torch.save, whole)[:-1000])
     assert "cut short" in sentence(tok.load_encoder, path)
+
+
+def test_torch_that_unpickles_unsafely_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.5.1"))
+    with pytest.raises(fid.UserError, match="2.6 or newer"):
+        fid.load_inception(tmp_path / "a.pth")
 
 
 def test_crafted_pickles_take_neither_time_nor_memory(tmp_path):
@@ -1636,7 +1713,7 @@ def broken(data, draw):
     if how == 0:
         return bytes(b[:at])
     if how < 4:
-        b[at:at + n] = (bytes([draw.choice((0, 1, 127, 255))]) * n, b"", bytes(b[at:at + n]) * 2)[how - 1]
+        b[at : at + n] = (bytes([draw.choice((0, 1, 127, 255))]) * n, b"", bytes(b[at : at + n]) * 2)[how - 1]
     for _ in range(n * (how > 3)):
         b[draw.randrange(len(b)) if how == 4 else min(at + draw.randrange(3), len(b) - 1)] ^= 1 << draw.randrange(8)
     return bytes(b)
@@ -1650,14 +1727,23 @@ def bent(node, draw):
         node[key] = bent(value, draw)
     elif isinstance(value, torch.Tensor) and how > 1:
         flat = value.flatten()
-        node[key] = draw.choice([value[None], flat, flat[:1], flat[:0], value.to(draw.choice(list(tok.DTYPES.values()))),
-            torch.cat([flat, flat]),
-                                 value.reshape(-1, 1), value.mT if value.ndim > 1 else flat, value[:len(flat) // 2]
-                                 if value.ndim else flat])
+        node[key] = draw.choice(
+            [
+                value[None],
+                flat,
+                flat[:1],
+                flat[:0],
+                value.to(draw.choice(list(tok.DTYPES.values()))),
+                torch.cat([flat, flat]),
+                value.reshape(-1, 1),
+                value.mT if value.ndim > 1 else flat,
+                value[: len(flat) // 2] if value.ndim else flat,
+            ]
+        )
     elif how != 2:  # a wrong size, kind or shape somewhere
         node[draw.choice([*node, "odd"]) if how == 3 else key] = draw.choice(
-            [0, -1, 1, 7, 2**20, 2**31, 2**62, 2**70, 0.5, 1e308, math.nan, None, True, "cls", "x" * 99, [], [1, 2], {}, {"a": 1},
-            b"x", (3, 4)])
+            [0, -1, 1, 7, 2**20, 2**31, 2**62, 2**70, 0.5, 1e308, math.nan, None, True, "cls", "x" * 99, [], [1, 2], {}, {"a": 1}, b"x", (3, 4)]
+        )
     return node
 
 
@@ -1678,55 +1764,88 @@ def kinds(tmp):
     torch.manual_seed(0)
     vit = tok.ViT(width=8, depth=1, heads=1, hidden=8, patch=4, grid=2, pixels=8)
     small, mixer = dec.Decoder(3, 4, 2, 8, 1, 1, 4, 8), mix.Mixer(1, 8, 8, 1, 2)
-    stage2 = RepTok(tok.Tokenizer(vit), small, dec.PixelSpace(), mixer, torch.zeros(1, 1, 8), torch.ones(1, 1, 8),
-        ["a", "b"]).parts()
-    stage1 = {k: v for k, v in stage2.items() if k not in ("mixer", "latent")} | {"kind": "stage1",
-        "ema": {"tokenizer.embedding": torch.zeros(1, 1, 8)}}
+    stage2 = RepTok(tok.Tokenizer(vit), small, dec.PixelSpace(), mixer, torch.zeros(1, 1, 8), torch.ones(1, 1, 8), ["a", "b"]).parts()
+    stage1 = {k: v for k, v in stage2.items() if k not in ("mixer", "latent")} | {"kind": "stage1", "ema": {"tokenizer.embedding": torch.zeros(1, 1, 8)}}
     prior, state = {"kind": "prior", "settings": {}, "config": vit.config, "state": vit.state_dict()}, vit.state_dict()
-    hf = {k.replace("qkv", part).replace("cls_token", "embeddings.cls_token"): v[:8] if "qkv" in k else v for k,
-        v in state.items() for part in "qkv"}
-    for read, name, content in [(RepTok.load, "a.ckpt", stage1), (RepTok.load, "a.pt", stage2), (one.encoder, "a.pt", prior),
-            (tok.load_encoder, "a.pth", hf),
-                                (dec.load_vae, "a.ckpt", dec.VAE((32,) * 4).state_dict()), (tok.load_encoder, "b.pt", clip()),
-                                (tok.load_text_encoder, "c.pt", clip())]:
+    hf = {k.replace("qkv", part).replace("cls_token", "embeddings.cls_token"): v[:8] if "qkv" in k else v for k, v in state.items() for part in "qkv"}
+    for read, name, content in [
+        (RepTok.load, "a.ckpt", stage1),
+        (RepTok.load, "a.pt", stage2),
+        (one.encoder, "a.pt", prior),
+        (tok.load_encoder, "a.pth", hf),
+        (dec.load_vae, "a.ckpt", dec.VAE((32,) * 4).state_dict()),
+        (tok.load_encoder, "b.pt", clip()),
+        (tok.load_text_encoder, "c.pt", clip()),
+    ]:
         data = torchscript(content, tmp / name) if name == "c.pt" else written(torch.save, content)
         inside = members(data)
         pkl = next(k for k in inside if k.endswith("/data.pkl"))
-        yield read, name, data, [lambda draw: broken(data, draw), lambda draw: zipped(inside | {pkl: broken(inside[pkl], draw)}),
-                                 lambda draw: written(torch.save, bent(content, draw))]
+        yield (
+            read,
+            name,
+            data,
+            [
+                lambda draw: broken(data, draw),
+                lambda draw: zipped(inside | {pkl: broken(inside[pkl], draw)}),
+                lambda draw: written(torch.save, bent(content, draw)),
+            ],
+        )
     for data in written(torch.save, {"weight": torch.ones(1, 1)}), written(torch.save, {"weight": torch.ones(1, 1)}, **OLD):
-        yield lambda path: fid.load_weights(nn.Linear(1, 1, bias=False), path,
-            "a layer"), "a.pth", data, [lambda draw: broken(data, draw)]
+        yield lambda path: fid.load_weights(nn.Linear(1, 1, bias=False), path, "a layer"), "a.pth", data, [lambda draw: broken(data, draw)]
     data = safetensors({k: v.half() for k, v in hf.items()})
     end = 8 + int.from_bytes(data[:8], "little")
-    yield tok.load_encoder, "a.safetensors", data, [lambda draw: broken(data[:end], draw) + data[end:], lambda draw: safetensors(
-        {k: v for k, v in bent(hf, draw).items() if isinstance(v, torch.Tensor)})]
+    yield (
+        tok.load_encoder,
+        "a.safetensors",
+        data,
+        [
+            lambda draw: broken(data[:end], draw) + data[end:],
+            lambda draw: safetensors({k: v for k, v in bent(hf, draw).items() if isinstance(v, torch.Tensor)}),
+        ],
+    )
     image, photos = Image.fromarray(np.random.default_rng(0).integers(256, size=(9, 12, 3), dtype=np.uint8)), []
-    for kind, mode, more in [("png", "RGB", {}), ("png", "I;16", {}), ("png", "P", {}), ("jpeg", "RGB", {}),
-            ("jpeg", "RGB", {"progressive": True}), ("gif", "P", {}),
-                             ("tiff", "RGB", {}), ("tiff", "RGB", {"compression": "tiff_lzw"}), ("webp", "RGB", {}),
-                             ("bmp", "RGB", {}), ("ppm", "RGB", {})]:
+    for kind, mode, more in [
+        ("png", "RGB", {}),
+        ("png", "I;16", {}),
+        ("png", "P", {}),
+        ("jpeg", "RGB", {}),
+        ("jpeg", "RGB", {"progressive": True}),
+        ("gif", "P", {}),
+        ("tiff", "RGB", {}),
+        ("tiff", "RGB", {"compression": "tiff_lzw"}),
+        ("webp", "RGB", {}),
+        ("bmp", "RGB", {}),
+        ("ppm", "RGB", {}),
+    ]:
         photos.append(data := written(image.convert("I" if mode == "I;16" else mode).convert(mode).save, kind, **more))
         yield look, f"data/a.{kind}", data, [lambda draw: broken(data, draw)]
-    npz = {"mu": np.zeros(4), "sigma": np.eye(4), "n": np.array(5),
-        "resize": np.array("tf1")}, {"arr_0": np.zeros((3, 4, 5, 3), np.uint8)}, {"features": np.zeros((2, 3))}
+    npz = (
+        {"mu": np.zeros(4), "sigma": np.eye(4), "n": np.array(5), "resize": np.array("tf1")},
+        {"arr_0": np.zeros((3, 4, 5, 3), np.uint8)},
+        {"features": np.zeros((2, 3))},
+    )
     npz = [written(np.savez, **arrays) for arrays in npz]
     headers = lambda data, draw: zipped({k: broken(v[:128], draw) + v[128:] for k, v in members(data).items()})  # of the arrays
     for read, data in (fid.read_statistics, npz[0]), (lambda path: list(fid.images(path, 1)), npz[1]):
         yield read, "a.npz", data, [lambda draw: broken(data, draw), lambda draw: headers(data, draw)]
-    said = {"a/x.png": photos[0], "a/x.txt": b"one\ntwo", "a/x.npz": npz[2], "b/y.png": photos[0],
-        "b/y.json": b'{"caption": "three"}'}
+    said = {"a/x.png": photos[0], "a/x.txt": b"one\ntwo", "a/x.npz": npz[2], "b/y.png": photos[0], "b/y.json": b'{"caption": "three"}'}
     data = zipped(said, zipfile.ZIP_DEFLATED)
-    yield look, "a.zip", data, [lambda draw: broken(data, draw),
-        lambda draw: zipped({k: broken(v, draw) if k[-1] != "g" else v for k, v in said.items()}),
-                                lambda draw: zipped(said | {"a/x.npz": headers(npz[2], draw)})]
+    yield (
+        look,
+        "a.zip",
+        data,
+        [
+            lambda draw: broken(data, draw),
+            lambda draw: zipped({k: broken(v, draw) if k[-1] != "g" else v for k, v in said.items()}),
+            lambda draw: zipped(said | {"a/x.npz": headers(npz[2], draw)}),
+        ],
+    )
     with tarfile.open(fileobj=(made := io.BytesIO()), mode="w") as shard:
         for name, member in said.items():
             (info := tarfile.TarInfo(name)).size = len(member)
             shard.addfile(info, io.BytesIO(member))
     (tmp / "a.png").write_bytes(photos[0])
-    for name, data in ("a.tar", made.getvalue()), ("a.tsv", b"a.png\ta caption\n" * 3), ("a.jsonl",
-            b'{"file": "a.png", "caption": ["one", "two"]}\n' * 3):
+    for name, data in ("a.tar", made.getvalue()), ("a.tsv", b"a.png\ta caption\n" * 3), ("a.jsonl", b'{"file": "a.png", "caption": ["one", "two"]}\n' * 3):
         yield look, name, data, [lambda draw: broken(data, draw)]
 
 
@@ -1736,6 +1855,7 @@ class Hang(BaseException):
 
 def fuzz(tmp, each):
     """`each` broken files of every kind; prints what went wrong and how many were tried. Runs in a process of its own."""
+
     def hang(*_):
         raise Hang
 
@@ -1773,8 +1893,7 @@ def fuzz(tmp, each):
 def test_broken_files_of_every_kind(tmp_path):
     """At least 2,000: each is read or refused in one line, within 2 s and 1 GiB."""
     code = f"import {Path(__file__).stem} as t, pathlib; t.fuzz(pathlib.Path({str(tmp_path)!r}), 48)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     *bad, last = done.stdout.splitlines() or [""]
     assert done.returncode == 0 and not bad and int(last.split()[0]) >= 2000, "\n".join([*bad, done.stderr[-3000:]])
 

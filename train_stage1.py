@@ -118,7 +118,7 @@ def common_options(parser, stage):
     p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
     p.add("--clip-grad", 1.0, "largest norm of the gradient", type=number(0))
     p.add("--accumulate", 1, "cut each GPU's part of the batch into this many pieces to save memory", type=whole(1))
-    p.add("--prior-steps", 2400, "steps of the prior, 64 pictures each, where one is trained", type=whole(1))
+    p.add("--prior-steps", 1600, "steps of the prior, 128 pictures each, where one is trained", type=whole(1))
     p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
     p.add("--save-every", 500 if stage == 1 else 1000, "steps between checkpoints and pictures", type=whole(1))
     p.add("--device", "auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
@@ -742,7 +742,7 @@ def self_supervised(args, pictures, ranks):
         print(f"No encoder given: a ViT of {args.pixels}x{args.pixels} pixels is {how}; real use takes DINOv2 (--encoder)")
         vit = new_vit(args).to(ranks.device)
         solo = argparse.Namespace(rank=0, world=1, device=ranks.device)
-        loader = Loader(pictures, Order(len(pictures), min(64, len(pictures)), solo, 0, args.prior_steps, args.seed + 1), solo,
+        loader = Loader(pictures, Order(len(pictures), min(128, len(pictures)), solo, 0, args.prior_steps, args.seed + 1), solo,
                         args.workers, args.max_bad)
         bar, classes = tqdm(total=len(loader), desc="prior", dynamic_ncols=True), len(pictures.classes) if args.prior == "labels" else 0
         for step, loss in enumerate(tok.pretrain(vit, loader, args.seed, classes=classes)):
