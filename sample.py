@@ -88,6 +88,7 @@ class RepTok:
         for part in (self.tokenizer, self.decoder, self.vae, self.mixer, self.text):
             if part is not None:
                 part.to(self.device).eval().requires_grad_(False)
+        self.vae.to(memory_format=torch.channels_last)
         if self.mean is not None:
             self.mean, self.std = self.mean.to(self.device), self.std.to(self.device)
         return self

@@ -697,9 +697,11 @@ def test_bad_input(trained, tmp_path, monkeypatch, capsys):
     for script, args, says in [
             ("train_stage1.py", ["--data", tmp_path / "empty"], "no pictures"), ("train_stage1.py", ["--data", tmp_path / "gone"], "no such"),
             ("train_stage1.py", ["--data", tmp_path / "text.png"], "text.png"), ("train_stage1.py", ["--step", 5], "--step"),
-            ("train_stage1.py", ["--batch", 0], "--batch"), ("train_stage1.py", ["--size", "S", *data], "--vae"),
+            ("train_stage1.py", ["--batch", 0], "--batch"),
+            ("train_stage1.py", ["--init", ckpt, "--unfreeze", "all"], "--unfreeze"), ("train_stage1.py", ["--encoder", prior, "--registers", 2], "--registers"),
+            ("train_stage1.py", ["--size", "S", *data], "--vae"),
             ("train_stage1.py", ["--pixels", 18, *data], "patches"), ("train_stage1.py", ["--encoder", tmp_path / "text.png", *data], "text.png"),
-            ("train_stage1.py", ["--token", "reg", "--encoder", prior, *data], "--token reg"), ("train_stage1.py", ["--batch", 9, "--accumulate", 2], "--batch"),
+            ("train_stage1.py", ["--token", "reg", "--registers", 0, *data], "--token reg"), ("train_stage1.py", ["--token", "reg", "--reg-index", 4, "--encoder", prior, *data], "--reg-index"), ("train_stage1.py", ["--batch", 9, "--accumulate", 2], "--batch"),
             ("train_stage2.py", [], "stage1.pt"), ("train_stage2.py", ["--stage1", prior], "prior"),
             ("train_stage2.py", ["--stage1", tmp_path / "half.pt"], "half.pt"), ("sample.py", [], "--ckpt"),
             ("sample.py", ["--ckpt", ckpt, "--classes", "eleven"], "eleven"), ("sample.py", ["--ckpt", ckpt, "--classes", "10"], "10"),
@@ -2056,7 +2058,7 @@ def bench_peers():
     x, vit = torch.randn(8, 3, 224, 224), tok.ViT(768, 12, 12, 3072, 14, 37, layer_scale=True, position="offset").requires_grad_(False)
     present = lambda **calls: {name.replace("_", " "): call for name, call in calls.items() if call}
     interleaved("DINOv2 ViT-B/14, 224 px, batch 8", present(ours=lambda: vit(x), transformers=peer(dinov2)))
-    images, latents, own, theirs = torch.rand(1, 3, 256, 256) * 2 - 1, torch.randn(1, 4, 32, 32), dec.VAE().requires_grad_(False), peer(vae) or (None, None)
+    images, latents, own, theirs = torch.rand(1, 3, 256, 256) * 2 - 1, torch.randn(1, 4, 32, 32), dec.VAE().requires_grad_(False).to(memory_format=torch.channels_last), peer(vae) or (None, None)
     interleaved("VAE encode, 256 px", present(ours=lambda: own.posterior(images), diffusers=theirs[0]))
     interleaved("VAE decode, 256 px", present(ours=lambda: own.decode(latents), diffusers=theirs[1]))
     with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,9 @@
         --vae sd-vae-ft-mse/diffusion_pytorch_model.safetensors   # the paper's size
 
 Writes OUT/stage1.pt (self-contained), OUT/stage1.jsonl (a line a logged step), OUT/stage1.png (inputs above, reconstructions
-below) and, where it trains a prior of its own, OUT/prior.pt. Run again, it goes on. What both trainers share stands here too.
+below) and, where it trains a prior of its own, OUT/prior.pt. Run again, it goes on.
+
+To learn the method read `Stage1` and `main`, at the end; before them stands what both trainers share.
 """
 import argparse
 import contextlib
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.attention
 import torch.utils.flop_counter
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
@@ -436,11 +439,15 @@ def learning_rate(step, args):
 
 
 class EMA:
-    """Moving average of the trained parameters; its decay warms up, or short runs would keep their initial weights."""
+    """Moving average of the trained parameters {name: parameter}; its decay warms up, or short runs would keep their initial weights."""
 
-    def __init__(self, parameters, decay):
-        self.parameters, self.decay = list(parameters), decay
+    def __init__(self, named, decay):
+        self.names, self.parameters, self.decay = list(named), list(named.values()), decay
         self.average = [p.detach().clone() for p in self.parameters]
+
+    def state(self):
+        """{name: average}."""
+        return dict(zip(self.names, self.average))
 
     @torch.no_grad()
     def update(self, step):
@@ -458,6 +465,17 @@ class EMA:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(self.parameters, kept)
+
+
+def training(module, args, ranks, last):
+    """(parameters, AdamW, EMA, first step, the module to call, which DDP and --compile wrap), restored from the checkpoint `last`."""
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    optimizer, ema = torch.optim.AdamW(named.values(), lr=args.lr, weight_decay=0.0, fused=True), EMA(named, args.ema)
+    if last:
+        optimizer.load_state_dict(last["optimizer"])
+        torch.set_rng_state(last["rng"])
+        torch._foreach_copy_(ema.average, [last["ema"][name] for name in ema.names])
+    return ema.parameters, optimizer, ema, last["step"] if last else 0, ranks.wrap(torch.compile(module) if args.compile else module)
 
 
 def autocast(ranks, dtype):
@@ -686,7 +704,8 @@ def save_picture(picture, path):
 
 def count_macs(function):
     """Multiply-accumulates of a call, in 1e9: (linear and convolution layers, attention products)."""
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the counter does not know the CPU's fused attention
+    with plain, torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         function()
     ops = {str(op): n / 2e9 for op, n in counter.get_flop_counts()["Global"].items()}
     attention = sum(n for op, n in ops.items() if "attention" in op or "bmm" in op)
@@ -838,13 +857,21 @@ def options():
     p.add("--token", "cls", "what is read: class token, one register, or all of them (K = 1 + registers)", choices=["cls", "reg", "all"])
     p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
     p.add("--prior", "self", "how nano's own prior is trained: self-supervised, or by the labels", choices=["self", "labels"])
-    p.add("--registers", 0, "register tokens of nano's own prior", type=whole(0))
+    p.add("--registers", 4, "register tokens of nano's own prior", type=whole(0))
     p.add("--t-mean", None, "t = sigmoid(N(this,1)); below 0 nearer to noise", type=number(-10, 10))
     p.add("--cache", None, "compute VAE posteriors and original tokens once, into a float16 file (default: nano only)", action=argparse.BooleanOptionalAction)
     p.add("--checkpointing", False, "recompute activations in the backward pass: less memory, more time", action="store_true")
     p.add("--write-data", None, "write --num pictures of the default data as PNG in class folders to this folder, and exit")
     p.add("--num", 2000, "how many pictures --write-data writes", type=whole(1))
     args = p.parse_args()
+    for condition, why, names in (
+            (args.init, "--init takes its networks from the checkpoint", ("encoder", "vae", "pixels", "unfreeze", "token", "reg_index", "prior", "registers")),
+            (args.encoder not in (None, "random") or args.size != "nano", "this run trains no prior of its own", ("prior", "registers"))):
+        for name in names:
+            if condition and getattr(args, name) != p.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')}: {why}; leave the option out")
+    if args.token != "cls" and not args.registers:
+        raise UserError(f"--token {args.token} needs an encoder with register tokens; use --token cls")
     for name, value in (NANO if args.size == "nano" else PAPER).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -908,7 +935,7 @@ def bench(args, ranks):
     """--bench: this size's networks with random weights, and a training step."""
     torch.manual_seed(0)
     nano, device, n = args.size == "nano", ranks.device, args.batch if args.size == "nano" or ranks.device.type == "cuda" else 2
-    vae = PixelSpace() if nano else VAE().to(device)
+    vae = PixelSpace() if nano else VAE().to(device, memory_format=torch.channels_last)
     tokenizer = Tokenizer(new_vit(args)).to(device)
     decoder = Decoder(**SIZES[args.size]["decoder"], channels=vae.channels, size=args.pixels // vae.factor, token_dim=tokenizer.width).to(device)
     for p in decoder.parameters():
@@ -963,18 +990,9 @@ def main():
     last = continued(out, args, "stage1", pictures.fingerprint)
     tokenizer, decoder, vae = (u.to(ranks.device) for u in parts or build(args, pictures, ranks))
     tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing
-    stage1, first = Stage1(tokenizer, decoder), 0
     if last:
         tokenizer.load_state_dict(last["tokenizer"]["state"]), decoder.load_state_dict(last["decoder"]["state"])
-    names, parameters = zip(*[(name, p) for name, p in stage1.named_parameters() if p.requires_grad])
-    optimizer, ema = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0, fused=True), EMA(parameters, args.ema)
-    if last:
-        first = last["step"]
-        optimizer.load_state_dict(last["optimizer"])
-        torch.set_rng_state(last["rng"])
-        for average, name in zip(ema.average, names):
-            average.copy_(last["ema"][name])
-    model = ranks.wrap(torch.compile(stage1) if args.compile else stage1)
+    parameters, optimizer, ema, first, model = training(Stage1(tokenizer, decoder), args, ranks, last)
     if ranks.main:
         print(f"{len(pictures)} pictures, {len(pictures.classes)} classes; {sum(p.numel() for p in parameters) / 1e6:.2f}M trained parameters, "
               f"{tokenizer.embedding.numel()} of them in the encoder's token; batch {args.batch} = {ranks.world} processes x "
@@ -986,7 +1004,7 @@ def main():
             save_checkpoint(out, {
                 "kind": "stage1", "step": step, "settings": {**settings(args), "data": pictures.fingerprint}, "classes": pictures.classes,
                 "pixels": args.pixels, "tokenizer": part(tokenizer), "decoder": part(decoder), "vae": part(vae),
-                "ema": dict(zip(names, ema.average)), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
+                "ema": ema.state(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
             with ema.applied(), autocast(ranks, args.dtype):
                 shown = torch.stack([pictures[i][0] for i in range(min(10, len(pictures)))]).to(ranks.device).float() / 127.5 - 1
                 save_picture(grid([shown, reconstruct(tokenizer, decoder, vae, shown).float()]), out.with_suffix(".png"))
@@ -1006,7 +1024,9 @@ def main():
     def kept(indices, mirror):
         """The same from the file of --cache."""
         found = rows[indices.numpy()]
-        return [torch.from_numpy(found[name][np.arange(len(found)), mirror.long().cpu().numpy()]).to(ranks.device).float() for name, _ in fields]
+        views = [torch.from_numpy(np.ascontiguousarray(found[name])) for name, _ in fields]                     # (b,V,...)
+        views = [(u.pin_memory() if ranks.device.type == "cuda" else u).to(ranks.device, non_blocking=True).float() for u in views]
+        return [u[torch.arange(len(u), device=u.device), mirror.long()] for u in views]
 
     loader = Loader(pictures, Order(len(pictures), args.batch, ranks, first, args.steps, args.seed), ranks, args.workers, args.max_bad)
     log, bins, stop = Log(out.with_suffix(".jsonl"), ranks, first, args.steps, args.batch), Bins(ranks.device), Interruption(ranks)
