@@ -13,6 +13,7 @@ Letters in the shape comments: B pictures, H, W height and width, D features (20
 """
 import argparse
 import contextlib
+import glob
 import hashlib
 import importlib.metadata
 import io
@@ -250,9 +251,10 @@ def naming(what):
 
 
 def sha256(path):
-    """Hex digest of a file; of a folder, that of the lines `<digest>  <name>` of its pictures, as sha256sum prints them."""
+    """Hex digest of a file; of a folder, that of the lines `<digest>  <name>` of its .tar shards or pictures, as sha256sum prints them."""
     if os.path.isdir(path):
-        rows = [f"{sha256(os.path.join(path, n))}  {n}\n" for n in tqdm(pictures(path)[0], "SHA-256", leave=False, disable=None)]
+        names = sorted(glob.glob("**/*.tar", root_dir=path, recursive=True)) or pictures(path)[0]
+        rows = [f"{sha256(os.path.join(path, n))}  {n}\n" for n in tqdm(names, "SHA-256", leave=False, disable=None)]
         return hashlib.sha256(os.fsencode("".join(rows))).hexdigest()
     with naming(f"cannot read {path}"), open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

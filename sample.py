@@ -199,7 +199,11 @@ def options():
     p.add("--out", "samples.png", "the picture to write")
     p.add("--export", None, "write the checkpoint to this file without what only training needs, and exit")
     p.add("--device", "auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
-    return p.parse_args()
+    args = p.parse_args()
+    for one, other in (("vgg", "lpips"), ("clip", "bpe")):
+        if bool(getattr(args, one)) != bool(getattr(args, other)):
+            raise UserError(f"--{one} and --{other} go together: give both or neither")
+    return args
 
 
 def class_numbers(model, wanted):

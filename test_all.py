@@ -707,7 +707,7 @@ def test_bad_input(trained, tmp_path, monkeypatch, capsys):
             ("sample.py", ["--ckpt", ckpt, "--classes", "eleven"], "eleven"), ("sample.py", ["--ckpt", ckpt, "--classes", "10"], "10"),
             ("sample.py", ["--ckpt", trained / "out" / "stage1.pt"], "stage 1"), ("sample.py", ["--ckpt", prior], "prior"),
             ("sample.py", ["--ckpt", ckpt, "--reconstruct", tmp_path / "text.png"], "text.png"),
-            ("sample.py", ["--ckpt", ckpt, "--out", tmp_path / "gone" / "a.png"], "--out")]:
+            ("sample.py", ["--ckpt", ckpt, "--eval", trained / "data", "--vgg", "a.pth"], "--lpips"), ("sample.py", ["--ckpt", ckpt, "--out", tmp_path / "gone" / "a.png"], "--out")]:
         assert says in refusal(script, [*args, *([] if script == "sample.py" else out)], monkeypatch, capsys)
     assert not list(tmp_path.glob("new/*.pt"))
     assert "--ckpt" in command("sample.py", ok=False)  # and as a process
@@ -1174,6 +1174,7 @@ def test_text_to_image_commands(trained, tmp_path, monkeypatch, capsys):
     command("sample.py", "--ckpt", ckpt, "--prompt", "a red 7 on white", "--prompt", "on black, a grey 3", "--per-class", 3, "--steps", 2, "--cfg", 3,
             "--out", tmp_path / "p.png")
     assert Image.open(tmp_path / "p.png").size == (3 * 64, 2 * 64)
+    assert fid.sha256(tmp_path / "shards") != fid.sha256(tmp_path / "pairs")  # a folder of shards is a reference too
     for args, says in ((["--ckpt", ckpt], "--prompt"), (["--ckpt", ckpt, "--prompt", " "], "--prompt"), (["--ckpt", trained / "out" / "stage2.pt", "--prompt", "x"], "no text")):
         assert says in refusal("sample.py", args, monkeypatch, capsys)
     for i in range(12):

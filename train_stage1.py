@@ -600,7 +600,8 @@ def continued(path, args, kind, fingerprint):
     for name in sorted(now.keys() | then.keys()):
         if name not in FREE and now.get(name) != then.get(name):
             option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} is {now.get(name)} but was {then.get(name)} in {path}; use the same, another --out, or --fresh")
+            how = "or the weights that read it are others than" if name == "data" else f"is {now.get(name)} but was {then.get(name)}"
+            raise UserError(f"{option} {how} in {path}; use the same, another --out, or --fresh")
     if content["step"] >= args.steps:
         print(f"{path} is finished at step {content['step']}; a larger --steps goes on from there")
         sys.exit(0)
