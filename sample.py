@@ -25,7 +25,7 @@ import tokenizer as tok
 from decoder import Decoder, PixelSpace, VAE, euler, flow_loss, vae_from
 from mixer import Mixer, guided
 from tokenizer import ClipText, TextTower, Tokenizer, UserError, ViT, WordEncoder
-from train_stage1 import (Bins, Parser, Pictures, Ranks, damage, grid, load_checkpoint, noise_for, number, plausible, run, save_checkpoint,
+from train_stage1 import (Bins, Parser, Pictures, Ranks, damage, grid, load_checkpoint, noise_for, number, plausible, guarded, save_checkpoint,
                           save_picture, whole)
 
 
@@ -38,7 +38,9 @@ class RepTok:
     def __init__(self, tokenizer, decoder, vae, mixer=None, mean=None, std=None, classes=(), released=False, text=None):
         self.tokenizer, self.decoder, self.vae, self.mixer, self.text = tokenizer, decoder, vae, mixer, text
         self.mean, self.std, self.classes, self.released = mean, std, list(classes), released
-        self.pixels, self.device = decoder.config["size"] * vae.factor, torch.device("cpu")
+        self.pixels = decoder.config["size"] * vae.factor
+
+    device = property(lambda self: self.decoder.freqs.device)
 
     @classmethod
     def load(cls, path, device="cpu"):
@@ -84,13 +86,12 @@ class RepTok:
 
     def to(self, device):
         """Move every part; returns self."""
-        self.device = torch.device(device)
         for part in (self.tokenizer, self.decoder, self.vae, self.mixer, self.text):
             if part is not None:
-                part.to(self.device).eval().requires_grad_(False)
+                part.to(device).eval().requires_grad_(False)
         self.vae.to(memory_format=torch.channels_last)
         if self.mean is not None:
-            self.mean, self.std = self.mean.to(self.device), self.std.to(self.device)
+            self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 
     def parts(self):
@@ -467,4 +468,4 @@ def released(content, path):
 
 
 if __name__ == "__main__":
-    run(main)
+    guarded(main)

@@ -682,7 +682,7 @@ def refusal(script, args, monkeypatch, capsys):
     """The one line with which a script, run in this process, refuses its arguments with status 2."""
     monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
     with pytest.raises(SystemExit) as stop:
-        one.run(sys.modules[script[:-3]].main)
+        one.guarded(sys.modules[script[:-3]].main)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "it/s" not in line]  # no progress bars
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: error: "), lines
     return lines[0]
@@ -1962,7 +1962,7 @@ def test_readme_commands_run(trained, tmp_path, monkeypatch, capsys):
     assert len(commands) >= 9
     for script, line in commands:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, [*line, *TINY_RUN[script]])])
-        one.run(sys.modules[script].main)
+        one.guarded(sys.modules[script].main)
     made = {path.name for path in tmp_path.rglob("*.p[nt]*")}
     assert {"stage1.png", "stage2.png", "samples.png", "reconstructions.png", "between.png", "small.pt"} <= made
 
@@ -2232,4 +2232,4 @@ def main():
 
 
 if __name__ == "__main__":
-    one.run(main)
+    one.guarded(main)

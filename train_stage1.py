@@ -8,9 +8,10 @@
 Writes OUT/stage1.pt (self-contained), OUT/stage1.jsonl (a line a logged step), OUT/stage1.png (inputs above, reconstructions
 below) and, where it trains a prior of its own, OUT/prior.pt. Run again, it goes on.
 
-To learn the method read `Stage1` and `main`, at the end; before them stands what both trainers share.
+The method is `Stage1` and the loop in `main`, which come first; below them stands what both trainers share.
 """
 import argparse
+import collections
 import contextlib
 import datetime
 import hashlib
@@ -37,7 +38,7 @@ from tqdm import tqdm
 import decoder as dec
 import fid
 import tokenizer as tok
-from decoder import Decoder, PixelSpace, VAE, euler, flow_loss
+from decoder import Decoder, PixelSpace, VAE, flow_loss
 from tokenizer import Tokenizer, UserError, ViT, cosine_loss
 
 # Sizes: the decoder's and the Mixer's; everything but nano works on 256 pixels, SD-VAE latents and a published encoder.
@@ -52,86 +53,642 @@ PAPER = dict(steps=1_000_000, batch=512, lr=1e-4, warmup=2000, decay=False, ema=
 NANO = dict(steps=1200, batch=96, lr=3e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3, cache=True)
 
 
-# ---- Shared by both trainers: options and errors
+# ---- Stage 1
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that refuses in one line with status 2, takes no abbreviations and prints every default."""
+class Stage1(nn.Module):
+    """Tokenizer and decoder as one module, so that one backward pass trains both (Eq. 2)."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, tokenizer, decoder):
+        super().__init__()
+        self.tokenizer, self.decoder = tokenizer, decoder
 
-    def add(self, name, default=None, help="", **kwargs):
-        """add_argument with the default in the help text."""
-        shown = "" if default is None or default is False else f" (default: {default})"
-        self.add_argument(name, default=default, help=help + shown, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
-
-
-def whole(low):
-    """An argparse type: a whole number of at least `low`."""
-    def parse(text):
-        if not text.lstrip("-").isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
-        return int(text)
-    return parse
+    def forward(self, images, latents, t, noise, prior):
+        """Losses of each picture: flow (B,) of Eq. 1 and cosine (B,) of Eq. 3, to which `prior` are the original tokens (B,K,D)."""
+        tokens = self.tokenizer(images)                                                            # (B,K,D)
+        flow = flow_loss(lambda x_t, s: self.decoder(x_t, s, tokens), latents, t, noise)
+        return flow, cosine_loss(tokens, prior)
 
 
-def number(low, high=math.inf):
-    """An argparse type: a finite number within [low, high]."""
-    def parse(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
-        return value
-    return parse
+@torch.no_grad()
+def frozen_targets(stage1, vae, x):
+    """What training does not change: mean and log-variance of the latents (b,C,h,w), the original tokens (b,K,D); x (b,3,S,S)."""
+    return [u.float() for u in (*vae.posterior(x), stage1.tokenizer.prior(x))]
 
 
-def run(main):
-    """Call main(); what a user can mend ends in one line and status 2, a programmer's error in its traceback."""
+def cached_targets(args, stage1, vae, pictures, ranks):
+    """--cache: the same from a file that is made once; a function of (pictures, their numbers (b,), which are mirrored (b,))."""
+    tokenizer, config = stage1.tokenizer, stage1.decoder.config
+    latent = (config["channels"], config["size"], config["size"])
+    fields = [("mean", latent), ("logvar", latent), ("prior", (tokenizer.K, tokenizer.width))]
+    path = Path(args.out, f"cache-{fingerprint(pictures, args.flip, tokenizer.original or tokenizer.vit, vae)[:12]}.npy")
+    rows = computed_once(path, fields, pictures, ranks, args, lambda x: frozen_targets(stage1, vae, x))
+
+    def targets(x, indices, mirror):
+        found = rows[indices.numpy()]
+        views = [torch.from_numpy(np.ascontiguousarray(found[name])) for name, _ in fields]        # each (b,V,...)
+        views = [(u.pin_memory() if ranks.device.type == "cuda" else u).to(ranks.device, non_blocking=True).float() for u in views]
+        return [u[torch.arange(len(u), device=u.device), mirror.long()] for u in views]
+
+    return targets
+
+
+def main():
+    """Stage 1 from the command line: everything is checked, built or restored, then the loop. Raises UserError."""
+    from sample import RepTok  # not above, for sample.py itself needs this file
+    args = options()
+    if args.write_data:
+        return write_data(args.write_data, args.num, args.seed, args.pixels)
+    ranks = Ranks(args.device)
+    if args.bench:
+        return bench(args, ranks)
+    parts = None
+    if args.init:
+        parts, args.pixels = initial(RepTok.load(args.init))
+        complete(args, PAPER, NANO, parts[1])
+    ranks.divide(args)
+    out = Path(args.out, "stage1.pt")
+    pictures = Pictures(args.data, args.pixels, args.seed)
+    make_folder(args.out)
+    last = continued(out, args, "stage1", pictures.fingerprint)
+    tokenizer, decoder, vae = (u.to(ranks.device) for u in parts or build(args, pictures, ranks))
+    tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing
+    if last:
+        tokenizer.load_state_dict(last["tokenizer"]["state"]), decoder.load_state_dict(last["decoder"]["state"])
+    stage1, model = Stage1(tokenizer, decoder), RepTok(tokenizer, decoder, vae, classes=pictures.classes)
+
+    def picture():
+        x = torch.stack([pictures[i][0] for i in range(min(10, len(pictures)))]).float() / 127.5 - 1
+        return grid([x, model.decode(model.encode(x), steps=20)])
+
+    run = Run(out, stage1, args, ranks, last, pictures, pictures.fingerprint, model.parts, picture, {"tokenizer.embedding": args.token_lr})
+    targets = cached_targets(args, stage1, vae, pictures, ranks) if args.cache else lambda x, i, m: frozen_targets(stage1, vae, x)
+
+    def losses(x, indices, mirror, t, noise, posterior):
+        mean, logvar, prior = targets(x, indices, mirror)                                          # (b,C,h,w) twice, (b,K,D)
+        flow, cosine = run.model(x, vae.sample(mean, logvar, posterior), t, noise, prior)          # Eq. 1 and 2; Eq. 3
+        return {"loss": flow + args.lam * cosine, "flow": flow, "cosine": cosine}
+
+    shape = (args.batch, decoder.config["channels"], decoder.config["size"], decoder.config["size"])
+    loader = Loader(pictures, Order(len(pictures), args.batch, ranks, run.first, args.steps, args.seed), ranks, args.workers, args.max_bad)
+    for step, (x, _, indices) in enumerate(loader, run.first):
+        # drawn for the whole batch on every rank, so that ranks and accumulation do not change the sequence
+        draw = generator(args.seed, step, 0, ranks.device)
+        t = ranks.part(torch.sigmoid(torch.randn(args.batch, generator=draw, device=ranks.device) + args.t_mean))
+        noise, posterior = (ranks.part(torch.randn(shape, generator=draw, device=ranks.device)) for _ in range(2))
+        mirror = ranks.part(torch.rand(args.batch, generator=draw, device=ranks.device)) < 0.5 * args.flip
+        x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
+        if run.step(step, losses, t, indices, x, indices, mirror, t, noise, posterior):
+            break
+
+
+# ---- Below: what stage 1 is built from, and its command line
+
+
+def options():
+    """The command line of stage 1."""
+    p = Parser(__doc__)
+    common_options(p, 1)
+    p.add("--encoder", None, "DINOv2, MAE or CLIP file or name, a prior.pt, or 'random' (all unfrozen, lambda 0); default: nano trains a prior")
+    p.add("--vae", None, "SD VAE file; default: nano works on pixels")
+    p.add("--init", None, "checkpoint (ours or the authors') to fine-tune from")
+    p.add("--pixels", None, "side of the pictures (default: 16 for nano, else 256)", type=whole(1))
+    p.add("--token-lr", 1.0, "learning rate of the token embedding, as a multiple of --lr", type=number(0))
+    p.add("--lam", 0.1, "lambda, the weight of the cosine term (Eq. 3)", type=number(0))
+    p.add("--unfreeze", "token", "what of the encoder is trained", choices=["token", "all", "none"])
+    p.add("--token", "cls", "what is read: class token, one register, or all of them (K = 1 + registers)", choices=["cls", "reg", "all"])
+    p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
+    p.add("--prior", "self", "how nano's own prior is trained: self-supervised, or by the labels", choices=["self", "labels"])
+    p.add("--registers", 4, "register tokens of nano's own prior", type=whole(0))
+    p.add("--t-mean", None, "t = sigmoid(N(this,1)); below 0 nearer to noise", type=number(-10, 10))
+    p.add("--cache", None, "compute VAE posteriors and original tokens once, into a float16 file (default: nano only)", action=argparse.BooleanOptionalAction)
+    p.add("--checkpointing", False, "recompute activations in the backward pass: less memory, more time", action="store_true")
+    p.add("--write-data", None, "write --num pictures of the default data as PNG in class folders to this folder, and exit")
+    p.add("--num", 2000, "how many pictures --write-data writes", type=whole(1))
+    args = p.parse_args()
+    for condition, why, names in (
+            (args.init, "--init takes its networks from the checkpoint", ("encoder", "vae", "pixels", "unfreeze", "token", "reg_index",
+                                                                                       "prior", "registers", "bench", "write_data")),
+            (args.encoder not in (None, "random") or args.size not in (None, "nano"), "this run trains no prior of its own", ("prior", "registers"))):
+        for name in names:
+            if condition and getattr(args, name) != p.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')}: {why}; leave the option out")
+    if args.token != "cls" and not args.registers:
+        raise UserError(f"--token {args.token} needs an encoder with register tokens; use --token cls")
+    if not args.init:
+        complete(args, PAPER, NANO)
+        args.pixels = args.pixels or SIZES[args.size]["pixels"]
+    if args.encoder == "random":
+        args.unfreeze, args.lam = "all", 0.0
+    return args
+
+
+def build(args, pictures, ranks):
+    """Tokenizer, decoder and VAE of this run, on the CPU, before any weight of a checkpoint. Raises UserError."""
+    nano = args.size == "nano"
+    if not nano and not args.vae:
+        raise UserError(f"--size {args.size} works in SD-VAE latents: give --vae the file diffusion_pytorch_model.safetensors of "
+                        f"stabilityai/sd-vae-ft-mse (address in the README)")
+    if not nano and not args.encoder:
+        raise UserError(f"--size {args.size} needs an encoder: give --encoder dinov2_vitb14_reg4_pretrain.pth, or its name "
+                        f"dinov2_vitb14_reg to download it")
+    vae = dec.load_vae(args.vae) if args.vae else PixelSpace()
+    if args.pixels % vae.factor:
+        raise UserError(f"--pixels {args.pixels} is not a multiple of the VAE's {vae.factor}")
+    Decoder(**{**SIZES[args.size]["decoder"], "depth": 0}, channels=vae.channels, size=args.pixels // vae.factor)  # refuses bad sizes early
+    vit = encoder(args.encoder) if args.encoder and args.encoder != "random" else None
+    vit = vit or (new_vit(args) if args.encoder else self_supervised(args, pictures, ranks))
+    torch.manual_seed(args.seed)
+    tokenizer = Tokenizer(vit, args.token, args.reg_index, args.unfreeze)
+    decoder = Decoder(**SIZES[args.size]["decoder"], channels=vae.channels, size=args.pixels // vae.factor,
+                      token_dim=tokenizer.width, K=tokenizer.K)
+    return tokenizer, decoder, vae
+
+
+def initial(model):
+    """Tokenizer, decoder and VAE of a loaded checkpoint, ours or the authors', ready to be trained on; and its pixels."""
+    model.tokenizer.vit.requires_grad_(model.tokenizer.original is not None), model.decoder.requires_grad_(True)
+    for p in (model.tokenizer.vit.cls_token, model.tokenizer.vit.register_tokens):
+        p.requires_grad_(False)
+    model.tokenizer.embedding.requires_grad_(model.tokenizer.config["unfreeze"] != "none")
+    return (model.tokenizer, model.decoder, model.vae), model.pixels
+
+
+def encoder(path):
+    """A frozen ViT from OUT/prior.pt or from any published file or name. Raises UserError."""
+    path = tok.weight_file(path)
+    content = tok.read_file(path)
+    if not (isinstance(content, dict) and content.get("kind") == "prior"):
+        return tok.load_encoder(path)
     try:
-        main()
-    except (UserError, dec.UserError, fid.UserError) as e:
-        for bar in list(getattr(tqdm, "_instances", ())):  # the sentence gets a line of its own
-            bar.close()
-        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted before the first step; run the same command again")
+        plausible(content["config"], content["state"])
+        with torch.device("meta"):
+            vit = ViT(**content["config"])
+        return tok.fit(vit, content["state"], path, "a prior").requires_grad_(False)
+    except UserError:
+        raise
+    except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
+        raise UserError(f"{path}: a damaged prior ({damage(e)}); delete it or give another") from None
 
 
-def common_options(parser, stage):
-    """The options of both trainers."""
-    p = parser
-    p.add("--out", "out", "folder for checkpoint, log and pictures")
-    p.add("--data", None, "folder of pictures (sub-folders are classes), .zip of one, or .tar shards; default: coloured digits")
-    p.add("--size", "nano", "size of the networks", choices=list(SIZES))
-    p.add("--steps", None, "optimizer steps in all", type=whole(1))
-    p.add("--batch", None, "pictures a step, over all GPUs and accumulation", type=whole(1))
-    p.add("--lr", None, "AdamW learning rate after warm-up", type=number(0))
-    p.add("--warmup", None, "steps of linear warm-up", type=whole(0))
-    p.add("--ema", None, "decay of the averaged weights", type=number(0, 1))
-    p.add("--seed", 0, "seed of weights, picture order, noise and prior", type=whole(0))
-    p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
-    p.add("--clip-grad", 1.0, "largest norm of the gradient", type=number(0))
-    p.add("--accumulate", 1, "cut each GPU's part of the batch into this many pieces to save memory", type=whole(1))
-    p.add("--prior-steps", 1600, "steps of the prior, 128 pictures each, where one is trained", type=whole(1))
-    p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
-    p.add("--save-every", 500 if stage == 1 else 1000, "steps between checkpoints and pictures", type=whole(1))
-    p.add("--device", "auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
-    p.add("--dtype", "auto", "of the networks: auto is bfloat16 where the device has matrix instructions for it",
-          choices=["auto", "float32", "bfloat16"])
-    p.add("--workers", None, "processes that read pictures (default: 4 with a GPU, else 0)", type=whole(0))
-    p.add("--max-bad", 0.001, "share of unreadable pictures that is skipped", type=number(0, 1))
-    p.add("--compile", False, "torch.compile the networks", action="store_true")
-    p.add("--bench", False, "print times, GMACs and share of the matrix-multiply peak of this size's networks, and exit", action="store_true")
-    p.add("--fresh", False, "start anew, over what lies in --out", action="store_true")
+def new_vit(args):
+    """An untrained ViT: nano's own, or DINOv2 ViT-B/14's shape with registers."""
+    torch.manual_seed(args.seed)
+    if args.size == "nano":
+        if args.pixels % 4:
+            raise UserError(f"--pixels {args.pixels} cannot be cut into nano's patches of 4x4; choose a multiple of 4")
+        return ViT(pixels=args.pixels, grid=args.pixels // 4, hidden=256, registers=args.registers)
+    return ViT(768, 12, 12, 3072, 14, 37, registers=4, layer_scale=True, pixels=224, mean=tok.IMAGENET[0], std=tok.IMAGENET[1])
+
+
+def self_supervised(args, pictures, ranks):
+    """The small prior: a ViT trained without labels on the pictures themselves, kept in OUT/prior.pt. Returns it frozen."""
+    path = Path(args.out, "prior.pt")
+    made = {"data": pictures.fingerprint, **{name: getattr(args, name) for name in ("seed", "prior", "prior_steps", "registers", "pixels")}}
+    if args.prior == "labels" and not pictures.classes:
+        raise UserError("--prior labels needs pictures in class folders; use --prior self")
+    if path.exists() and not args.fresh:
+        then = load_checkpoint(path, ["prior"])["settings"]
+        for name in made:
+            if made[name] != then.get(name):
+                raise UserError(f"--{name.replace('_', '-')} is not that of {path}; use the same, another --out, or --fresh")
+    elif ranks.main:
+        how = "self-supervised on the pictures first, without labels" if args.prior == "self" else "supervised by the labels first"
+        print(f"No encoder given: a ViT of {args.pixels}x{args.pixels} pixels is {how}; real use takes DINOv2 (--encoder)")
+        vit = new_vit(args).to(ranks.device)
+        solo = argparse.Namespace(rank=0, world=1, device=ranks.device)
+        loader = Loader(pictures, Order(len(pictures), min(128, len(pictures)), solo, 0, args.prior_steps, args.seed + 1), solo,
+                        args.workers, args.max_bad)
+        bar, classes = tqdm(total=len(loader), desc="prior", dynamic_ncols=True), len(pictures.classes) if args.prior == "labels" else 0
+        for step, loss in enumerate(tok.pretrain(vit, loader, args.seed, classes=classes)):
+            bar.update()
+            if step % 20 == 0:
+                bar.set_postfix_str(f"loss {loss.item():.3f}")
+        bar.close()
+        save_checkpoint(path, {"kind": "prior", "settings": made, "config": vit.config, "state": vit.cpu().state_dict()})
+    ranks.wait()
+    return encoder(str(path))
+
+
+def plausible(config, state, limit=4096):
+    """Raises ValueError unless settings read from a file are plain values of a size that its tensors have or a network could: a
+    stranger's file must not decide how much memory and time is taken before its weights are seen."""
+    sides = {n for t in state.values() for n in t.shape}
+    for name, value in config.items():
+        for v in value[:16] if isinstance(value, (list, tuple)) else [value]:
+            good = v is None or isinstance(v, bool) or isinstance(v, str) and len(v) < 20 or isinstance(v, (int, float)) and (0 <= v <= limit or {v, v + 1} & sides)
+            if not good or isinstance(value, (list, tuple)) and len(value) > 16:
+                raise ValueError(f"{name} is no setting of its network")
+    width, heads = config.get("width", 0), config.get("heads", 1)
+    if config.get("depth", 0) > len(state) or not heads or width % heads:
+        raise ValueError("its settings are not those of its network")
+
+
+def damage(e):
+    """An exception in one short line."""
+    return f"{type(e).__name__}: {tok.plain(str(e), 120)}"
+
+
+def write_data(folder, count, seed, pixels):
+    """The default pictures as FOLDER/digit/number.png."""
+    for i in tqdm(range(count), desc="pictures", dynamic_ncols=True):
+        plan = plan_digit(i, seed)
+        path = Path(folder, str(plan.digit), f"{i:06d}.png")
+        make_folder(path.parent, "--write-data")
+        Image.fromarray(draw_digit(plan, pixels)).save(path)
+
+
+def bench(args, ranks):
+    """--bench: this size's networks with random weights, and a training step."""
+    torch.manual_seed(0)
+    nano, device, n = args.size == "nano", ranks.device, args.batch if args.size == "nano" or ranks.device.type == "cuda" else 2
+    vae = PixelSpace() if nano else VAE().to(device, memory_format=torch.channels_last)
+    tokenizer = Tokenizer(new_vit(args)).to(device)
+    decoder = Decoder(**SIZES[args.size]["decoder"], channels=vae.channels, size=args.pixels // vae.factor, token_dim=tokenizer.width).to(device)
+    for p in decoder.parameters():
+        nn.init.normal_(p, std=0.02) if p.ndim > 1 else None  # zero starts would stop the backward pass
+    tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing
+    x, t = torch.rand(n, 3, args.pixels, args.pixels, device=device) * 2 - 1, torch.rand(n, device=device)
+    noise = torch.randn(n, vae.channels, decoder.config["size"], decoder.config["size"], device=device)
+    stage1 = Stage1(tokenizer, decoder)
+    optimizer = torch.optim.AdamW([p for p in stage1.parameters() if p.requires_grad], fused=True)
+    net = torch.compile(stage1) if args.compile else stage1
+
+    def step():
+        net(x, noise, t, noise, tokens)[0].mean().backward()
+        move(optimizer, list(decoder.parameters()), 1.0)
+
+    tokens, forward = tokenizer(x).detach(), torch.no_grad()
+    rows = [("encoder", forward(lambda: tokenizer(x)), n), ("decoder velocity", forward(lambda: decoder(noise, t, tokens)), n),
+            ("step: encoder, decoder, backward", step, n)]
+    if not nano:
+        rows += [("VAE encode", forward(lambda: vae.encode(x)), n), ("VAE decode", forward(lambda: vae.decode(noise)), n)]
+    print(f"size {args.size}, batch {n}: decoder {sum(p.numel() for p in decoder.parameters()) / 1e6:.1f}M parameters, "
+          f"encoder {sum(p.numel() for p in tokenizer.vit.parameters()) / 1e6:.1f}M")
+    bench_rows(rows, ranks, args.dtype)
+
+
+# ---- Below: shared by both trainers. First the run: one step, its log, its checkpoints
+
+
+class Run:
+    """What both trainers do around their losses: schedule, accumulation, AdamW, EMA, log, checkpoints, stopping.
+
+    out: the checkpoint's path; module: holds the parameters; last: the checkpoint that is gone on from, or None; content() gives what the
+    checkpoint holds beside settings and states, picture() what is drawn; `rates`: {parameter's name: factor on its learning rate}.
+    .model is the module as it is to be called, wrapped by DDP and --compile; .first the first step.
+    """
+
+    def __init__(self, out, module, args, ranks, last, pictures, digest, content, picture, rates={}):
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        factor = {name: rates.get(name, 1.0) for name in named}
+        groups = [{"params": [named[name] for name in named if factor[name] == f], "factor": f} for f in sorted(set(factor.values()))]
+        self.optimizer, self.ema = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True), EMA(named, args.ema)
+        if last:
+            self.optimizer.load_state_dict(last["optimizer"])
+            torch.set_rng_state(last["rng"])
+            torch._foreach_copy_(self.ema.average, [last["ema"][name] for name in self.ema.names])
+        self.out, self.args, self.ranks, self.pictures, self.digest, self.content, self.picture = out, args, ranks, pictures, digest, content, picture
+        self.model, self.first = ranks.wrap(torch.compile(module) if args.compile else module), last["step"] if last else 0
+        if ranks.main:
+            trained = collections.Counter()
+            for name, p in named.items():
+                trained[name.split(".")[0]] += p.numel()
+            print(f"{len(pictures)} pictures, {len(pictures.classes)} classes; trained: {', '.join(f'{n:,} numbers of the {part}' for part, n in trained.items())}; "
+                  f"batch {args.batch} = {ranks.world} processes x {args.accumulate} x {args.batch // ranks.world // args.accumulate}; "
+                  f"steps {self.first} to {args.steps}")
+        self.log = Log(out.with_suffix(".jsonl"), ranks, self.first, args.steps, args.batch)
+        self.bins, self.interruption = Bins(ranks.device), Interruption(ranks)
+
+    def step(self, step, losses, t, indices, *inputs):
+        """One optimizer step. losses(*piece of inputs) -> {"loss": (b,), what is minimised, and what it is made of}. Returns whether to stop."""
+        args, done = self.args, []
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, args) * group["factor"]
+        for n, piece in enumerate(zip(*(u.chunk(args.accumulate) for u in inputs))):
+            wait = contextlib.nullcontext() if n == args.accumulate - 1 or self.ranks.world == 1 else self.model.no_sync()
+            with wait, autocast(self.ranks, args.dtype):
+                parts = losses(*piece)
+                (parts["loss"].mean() / args.accumulate).backward()
+            done.append({name: part.detach() for name, part in parts.items()})
+        parts = {name: torch.cat([piece[name] for piece in done]) for name in done[0]}                  # each (B of this rank,)
+        norm, bad = move(self.optimizer, self.ema.parameters, args.clip_grad)
+        self.ema.update(step)
+        self.bins.add(t, parts["flow"])
+        stopping, end = self.interruption.check(bad, parts["loss"], step + 1, indices, self.pictures), step + 1 == args.steps
+        self.log.bar.update()
+        if (step + 1) % args.log_every == 0 or end:
+            means = self.ranks.sum(torch.stack([part.mean() for part in parts.values()]) / self.ranks.world).tolist()
+            self.log.write(step + 1, **dict(zip(parts, means)), norm=norm.item(), lr=learning_rate(step, args), bins=self.bins.read(self.ranks))
+        if (step + 1) % args.save_every == 0 or end or stopping:
+            self.save(step + 1)
+        if self.ranks.main and (end or stopping):
+            self.log.bar.close()
+            print(f"{self.out}: step {step + 1}" + ("" if end else f" of {args.steps}, interrupted; run the same command to go on"))
+        return stopping
+
+    def save(self, step):
+        """Checkpoint and picture, by rank 0."""
+        if self.ranks.main:
+            save_checkpoint(self.out, {
+                **self.content(), "step": step, "settings": {**settings(self.args), "data": self.digest},
+                "ema": self.ema.state(), "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()})
+            with torch.no_grad(), self.ema.applied(), autocast(self.ranks, self.args.dtype):
+                save_picture(self.picture(), self.out.with_suffix(".png"))
+        self.ranks.wait()
+
+
+def move(optimizer, parameters, clip):
+    """Clip the gradient and take the step, unless its norm is not finite: then nothing moves. Returns norm and that flag.
+
+    Both stay on the device: the loop does not wait for them.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    bad = (~norm.isfinite()).float()
+    optimizer.grad_scale, optimizer.found_inf = None, bad.clone()  # what a GradScaler sets; fused AdamW then skips on the device
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm, bad
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then constant; nano's short runs then fall to a twentieth along a cosine."""
+    rate = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+    return rate * (0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))) if args.decay else rate
+
+
+def autocast(ranks, dtype):
+    """The autocast context of --dtype; auto takes bfloat16 where the device has matrix instructions for it."""
+    kind = ranks.device.type
+    if dtype == "auto":
+        able = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and torch.cpu._is_amx_tile_supported()
+        dtype = "bfloat16" if able else "float32"
+    return torch.autocast(kind, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+class EMA:
+    """Moving average of the trained parameters {name: parameter}; its decay warms up, or short runs would keep their initial weights."""
+
+    def __init__(self, named, decay):
+        self.names, self.parameters, self.decay = list(named), list(named.values()), decay
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    def state(self):
+        """{name: average}."""
+        return dict(zip(self.names, self.average))
+
+    @torch.no_grad()
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Within it the model holds the averaged weights."""
+        kept = [p.detach().clone() for p in self.parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, kept)
+
+
+class Log:
+    """OUT/NAME.jsonl, a flushed line a logged step, and a progress bar with smoothed loss, step time and time left."""
+
+    def __init__(self, path, ranks, first, last, batch):
+        self.ranks, self.batch, self.smooth, self.since = ranks, batch, None, (time.time(), first)
+        self.bar = tqdm(total=last, initial=first, disable=not ranks.main, desc=path.stem, dynamic_ncols=True)
+        if ranks.main:
+            kept = [] if first == 0 or not path.exists() else [s for s in path.read_text().splitlines() if s.endswith("}") and json.loads(s)["step"] <= first]
+            path.write_text("".join(f"{line}\n" for line in kept))  # what a killed run logged after its last checkpoint comes again
+            self.file = open(path, "a")
+
+    def write(self, step, loss, **values):
+        """`loss` is that step's, over the whole batch; `values` go into the file as they are."""
+        self.smooth = loss if self.smooth is None else 0.7 * self.smooth + 0.3 * loss
+        (then, before), self.since = self.since, (time.time(), step)
+        seconds = (self.since[0] - then) / max(1, step - before)
+        self.bar.set_postfix_str(f"loss {self.smooth:.4f}, {1e3 * seconds:.0f} ms, {self.batch / seconds:.0f} images/s", refresh=False)
+        if self.ranks.main:
+            self.file.write(json.dumps({"step": step, "loss": loss, **values, "images_per_second": round(self.batch / seconds, 1)}) + "\n")
+            self.file.flush()
+
+
+class Bins:
+    """Mean loss in eight equal segments of t, kept on the device: the cheapest look into a flow model."""
+
+    def __init__(self, device):
+        self.total, self.count = torch.zeros(8, device=device), torch.zeros(8, device=device)
+
+    def add(self, t, loss):
+        """t (B,), loss (B,)."""
+        segment = (t * 8).long().clamp(max=7)
+        self.total.index_add_(0, segment, loss.float())
+        self.count.index_add_(0, segment, torch.ones_like(t))
+
+    def read(self, ranks):
+        """Eight means over all ranks (None where nothing fell) since the last call."""
+        total, count = (ranks.sum(u.clone()).tolist() for u in (self.total, self.count))
+        self.total.zero_(), self.count.zero_()
+        return [round(a / n, 5) if n else None for a, n in zip(total, count)]
+
+
+class Interruption:
+    """SIGINT and SIGTERM on any rank, and a gradient that is not finite, seen by all ranks at the same step.
+
+    The flags of a step are read one step later on a GPU, so that the loop does not wait for the device.
+    """
+
+    def __init__(self, ranks):
+        self.ranks, self.asked, self.flags, self.lag = ranks, 0.0, [], 1 if ranks.device.type == "cuda" else 0
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, self.ask)
+
+    def ask(self, *_):
+        """The signal handler: finish the step, save, exit 0."""
+        self.asked = 1.0
+
+    def check(self, bad, losses, step, indices, pictures):
+        """True if a signal asks to stop. Raises UserError, naming step and pictures, where the loss was not finite."""
+        flags = self.ranks.sum(torch.stack([bad, torch.full_like(bad, self.asked)]))
+        self.flags.append((flags, losses, step, indices))
+        if len(self.flags) <= self.lag:
+            return False
+        flags, losses, step, indices = self.flags.pop(0)
+        bad, asked = flags.tolist()
+        if bad:
+            which = [pictures.names[i] for i in indices[~losses.isfinite().cpu()].tolist()] or ["none of this rank's alone"]
+            raise UserError(f"the loss or its gradient is not finite at step {step}, pictures: {', '.join(which[:5])}; the last checkpoint "
+                            f"is untouched: try a smaller --lr or --dtype float32")
+        return asked > 0
+
+
+def save_checkpoint(path, content):
+    """Write to a temporary file, sync, rename; the checkpoint before stays as NAME.prev.pt. Raises UserError on a full disk."""
+    temporary, previous = path.with_suffix(".tmp"), path.with_suffix(".prev.pt")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if path.exists() and path.suffix == ".pt":
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({str(e).splitlines()[0]}); make room and run the same command again") from None
+
+
+def load_checkpoint(path, kind):
+    """The newest whole checkpoint at `path`: itself, or NAME.prev.pt where it is torn (said in one line). Raises UserError."""
+    path = Path(path)
+    previous = path.with_suffix(".prev.pt")
+    try:
+        content = tok.read_file(path)
+    except UserError as e:
+        if not previous.exists():
+            raise
+        print(f"{e}; going on from {previous}", file=sys.stderr)
+        content = tok.read_file(previous)
+    if not isinstance(content, dict) or content.get("kind") not in kind:
+        is_a = content.get("kind") if isinstance(content, dict) else None
+        raise UserError(f"{path}: not a checkpoint of {' or '.join(kind)}" + (f" but of {tok.plain(is_a)}" if isinstance(is_a, str) else "") +
+                        "; give the right file")
+    return content
+
+
+# What may differ between a run and its continuation without changing its sequence
+FREE = {"out", "steps", "log_every", "save_every", "device", "workers", "fresh", "accumulate", "compile", "checkpointing", "max_bad",
+        "bench", "write_data", "num", "stage1"}
+
+
+def continued(path, args, kind, fingerprint):
+    """The checkpoint that a run goes on from, or None; exits 0 where it is finished. Raises UserError where a setting differs."""
+    if args.fresh or not (path.exists() or path.with_suffix(".prev.pt").exists()):
+        return None
+    content = load_checkpoint(path, [kind])
+    now, then = {**settings(args), "data": fingerprint}, content["settings"]
+    for name in sorted(now.keys() | then.keys()):
+        if name not in FREE and now.get(name) != then.get(name):
+            option = "--" + name.replace("_", "-")
+            how = "or the weights that read it are others than" if name == "data" else f"is {now.get(name)} but was {then.get(name)}"
+            raise UserError(f"{option} {how} in {path}; use the same, another --out, or --fresh")
+    if content["step"] >= args.steps:
+        print(f"{path} is finished at step {content['step']}; a larger --steps goes on from there")
+        sys.exit(0)
+    return content
+
+
+def settings(args):
+    """The options as plain values, for the checkpoint."""
+    return {k: v for k, v in vars(args).items() if v is None or isinstance(v, (bool, int, float, str, list))}
+
+
+# ---- Shared: ranks, random numbers, what is computed once
+
+
+class Ranks:
+    """One process or many under torchrun: .rank, .world, .device, and the collectives the trainers need."""
+
+    def __init__(self, device="auto"):
+        self.rank, self.world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and self.world == 1 else "cpu"
+        if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
+            raise UserError(f"--device {device}: this machine has none; use --device auto")
+        self.device, self.main = torch.device(device, local) if device == "cuda" else torch.device(device), self.rank == 0
+        if device == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+
+    def sum(self, x):
+        """Sum of a tensor over all ranks, on all ranks."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def wait(self):
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def wrap(self, module):
+        """DDP where there are several ranks; it sends rank 0's weights to all, so that they start equal."""
+        if self.world == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def divide(self, args):
+        """Raises UserError where the batch does not divide into equal parts."""
+        if args.batch % (self.world * args.accumulate):
+            raise UserError(f"--batch {args.batch} is not a multiple of {self.world} processes x --accumulate {args.accumulate}")
+
+    def part(self, x):
+        """This rank's slice of a tensor drawn for the whole batch."""
+        return x.chunk(self.world)[self.rank]
+
+
+def generator(seed, step, stream, device):
+    """Random numbers that depend on (seed, step) and what they are for, never on ranks, accumulation or restarts."""
+    return torch.Generator(device).manual_seed((seed * 1_000_000_007 + step) * 8 + stream)
+
+
+def noise_for(seeds, shape, device):
+    """One seed a picture: noise (len(seeds), *shape) that does not change with the batch it is drawn in."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+
+
+CHUNK = 64  # pictures of one forward pass, always the same ones, so that what is kept does not depend on ranks or restarts
+
+
+def fingerprint(pictures, flip, *modules):
+    """SHA-256 of what frozen networks give: pictures, mirroring, weights."""
+    digest = hashlib.sha256(f"{pictures.fingerprint} {flip}".encode())
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def computed_once(path, fields, pictures, ranks, args, compute):
+    """What frozen networks give for every picture (and, with --flip, its mirror image), in one pass, kept in a file.
+
+    compute(images (b,3,S,S)) -> float tensors (b, ...), one for each of `fields`, (name, shape without b). Returns a memory-mapped array of N
+    records with `label` and the fields, (V,*shape) float16, V views; a mark says that a record is done, so that a stopped pass goes on
+    where it was and every rank writes its own records. Raises UserError where a value does not fit into float16.
+    """
+    N, V = len(pictures), 1 + args.flip
+    record = np.dtype([("done", "u1"), ("label", "<i4"), *((name, "<f2", (V, *shape)) for name, shape in fields)])
+    try:
+        there = np.load(path, mmap_mode="r")
+        whole = there.shape == (N,) and there.dtype == record
+    except (OSError, ValueError):
+        whole = False
+    ranks.wait()
+    if ranks.main and not whole:
+        np.lib.format.open_memmap(path, mode="w+", dtype=record, shape=(N,)).flush()
+    ranks.wait()
+    rows = np.load(path, mmap_mode="r+")
+    chunks = [list(range(i, min(i + CHUNK, N))) for i in range(0, N, CHUNK)][ranks.rank::ranks.world]
+    chunks = [chunk for chunk in chunks if not rows["done"][chunk].all()]
+    loader = Loader(pictures, chunks, ranks, args.workers, args.max_bad)
+    for chunk, (images, labels, _) in zip(chunks, tqdm(loader, desc=path.stem.split("-")[0], unit_scale=CHUNK, disable=not ranks.main, dynamic_ncols=True)):
+        with autocast(ranks, args.dtype):
+            views = [compute(view) for view in ([images, images.flip(-1)] if args.flip else [images])]
+        for (name, _), values in zip(fields, zip(*views)):
+            values = torch.stack(values, 1).to(torch.float16)                                      # (b,V,...)
+            if not values.isfinite().all():
+                raise UserError(f"{path}: the networks gave values that are not finite or beyond float16; check their weights, or use --dtype float32")
+            rows[name][chunk] = values.cpu().numpy()
+        rows["label"][chunk], rows["done"][chunk] = labels.cpu().numpy(), 1
+    rows.flush()
+    ranks.wait()
+    return np.load(path, mmap_mode="r")
 
 
 # ---- Shared: pictures
@@ -382,308 +939,6 @@ class Loader:
             yield images.float() / 127.5 - 1, labels, indices
 
 
-# ---- Shared: ranks, random numbers, schedule, EMA
-
-
-class Ranks:
-    """One process or many under torchrun: .rank, .world, .device, and the collectives the trainers need."""
-
-    def __init__(self, device="auto"):
-        self.rank, self.world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and self.world == 1 else "cpu"
-        if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
-            raise UserError(f"--device {device}: this machine has none; use --device auto")
-        self.device, self.main = torch.device(device, local) if device == "cuda" else torch.device(device), self.rank == 0
-        if device == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
-
-    def sum(self, x):
-        """Sum of a tensor over all ranks, on all ranks."""
-        if self.world > 1:
-            dist.all_reduce(x)
-        return x
-
-    def wait(self):
-        """Until every rank is here."""
-        if self.world > 1:
-            dist.barrier()
-
-    def wrap(self, module):
-        """DDP where there are several ranks; it sends rank 0's weights to all, so that they start equal."""
-        if self.world == 1:
-            return module
-        return nn.parallel.DistributedDataParallel(module, device_ids=[self.device.index] if self.device.type == "cuda" else None)
-
-    def part(self, x):
-        """This rank's slice of a tensor drawn for the whole batch."""
-        return x.chunk(self.world)[self.rank]
-
-
-def generator(seed, step, stream, device):
-    """Random numbers that depend on (seed, step) and what they are for, never on ranks, accumulation or restarts."""
-    return torch.Generator(device).manual_seed((seed * 1_000_000_007 + step) * 8 + stream)
-
-
-def noise_for(seeds, shape, device):
-    """One seed a picture: noise (len(seeds), *shape) that does not change with the batch it is drawn in."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
-
-
-def learning_rate(step, args):
-    """Linear warm-up, then constant; nano's short runs then fall to a twentieth along a cosine."""
-    rate = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-    return rate * (0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))) if args.decay else rate
-
-
-class EMA:
-    """Moving average of the trained parameters {name: parameter}; its decay warms up, or short runs would keep their initial weights."""
-
-    def __init__(self, named, decay):
-        self.names, self.parameters, self.decay = list(named), list(named.values()), decay
-        self.average = [p.detach().clone() for p in self.parameters]
-
-    def state(self):
-        """{name: average}."""
-        return dict(zip(self.names, self.average))
-
-    @torch.no_grad()
-    def update(self, step):
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
-
-    @contextlib.contextmanager
-    def applied(self):
-        """Within it the model holds the averaged weights."""
-        kept = [p.detach().clone() for p in self.parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.average)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, kept)
-
-
-def training(module, args, ranks, last):
-    """(parameters, AdamW, EMA, first step, the module to call, which DDP and --compile wrap), restored from the checkpoint `last`."""
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    optimizer, ema = torch.optim.AdamW(named.values(), lr=args.lr, weight_decay=0.0, fused=True), EMA(named, args.ema)
-    if last:
-        optimizer.load_state_dict(last["optimizer"])
-        torch.set_rng_state(last["rng"])
-        torch._foreach_copy_(ema.average, [last["ema"][name] for name in ema.names])
-    return ema.parameters, optimizer, ema, last["step"] if last else 0, ranks.wrap(torch.compile(module) if args.compile else module)
-
-
-def autocast(ranks, dtype):
-    """The autocast context of --dtype; auto takes bfloat16 where the device has matrix instructions for it."""
-    kind = ranks.device.type
-    if dtype == "auto":
-        able = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and torch.cpu._is_amx_tile_supported()
-        dtype = "bfloat16" if able else "float32"
-    return torch.autocast(kind, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def move(optimizer, parameters, clip):
-    """Clip the gradient and take the step, unless its norm is not finite: then nothing moves. Returns norm and that flag.
-
-    Both stay on the device: the loop does not wait for them.
-    """
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
-    bad = (~norm.isfinite()).float()
-    optimizer.grad_scale, optimizer.found_inf = None, bad.clone()  # what a GradScaler sets; fused AdamW then skips on the device
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm, bad
-
-
-CHUNK = 64  # pictures of one forward pass, always the same ones, so that what is kept does not depend on ranks or restarts
-
-
-def fingerprint(pictures, flip, *modules):
-    """SHA-256 of what frozen networks give: pictures, mirroring, weights."""
-    digest = hashlib.sha256(f"{pictures.fingerprint} {flip}".encode())
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def computed_once(path, fields, pictures, ranks, args, compute):
-    """What frozen networks give for every picture (and, with --flip, its mirror image), in one pass, kept in a file.
-
-    compute(images (b,3,S,S)) -> float tensors (b, ...), one for each of `fields`, (name, shape without b). Returns a memory-mapped array of N
-    records with `label` and the fields, (V,*shape) float16, V views; a mark says that a record is done, so that a stopped pass goes on
-    where it was and every rank writes its own records. Raises UserError where a value does not fit into float16.
-    """
-    N, V = len(pictures), 1 + args.flip
-    record = np.dtype([("done", "u1"), ("label", "<i4"), *((name, "<f2", (V, *shape)) for name, shape in fields)])
-    try:
-        there = np.load(path, mmap_mode="r")
-        whole = there.shape == (N,) and there.dtype == record
-    except (OSError, ValueError):
-        whole = False
-    ranks.wait()
-    if ranks.main and not whole:
-        np.lib.format.open_memmap(path, mode="w+", dtype=record, shape=(N,)).flush()
-    ranks.wait()
-    rows = np.load(path, mmap_mode="r+")
-    chunks = [list(range(i, min(i + CHUNK, N))) for i in range(0, N, CHUNK)][ranks.rank::ranks.world]
-    chunks = [chunk for chunk in chunks if not rows["done"][chunk].all()]
-    loader = Loader(pictures, chunks, ranks, args.workers, args.max_bad)
-    for chunk, (images, labels, _) in zip(chunks, tqdm(loader, desc=path.stem.split("-")[0], unit_scale=CHUNK, disable=not ranks.main, dynamic_ncols=True)):
-        with autocast(ranks, args.dtype):
-            views = [compute(view) for view in ([images, images.flip(-1)] if args.flip else [images])]
-        for (name, _), values in zip(fields, zip(*views)):
-            values = torch.stack(values, 1).to(torch.float16)                                      # (b,V,...)
-            if not values.isfinite().all():
-                raise UserError(f"{path}: the networks gave values that are not finite or beyond float16; check their weights, or use --dtype float32")
-            rows[name][chunk] = values.cpu().numpy()
-        rows["label"][chunk], rows["done"][chunk] = labels.cpu().numpy(), 1
-    rows.flush()
-    ranks.wait()
-    return np.load(path, mmap_mode="r")
-
-
-# ---- Shared: checkpoints, log, interruption
-
-
-def save_checkpoint(path, content):
-    """Write to a temporary file, sync, rename; the checkpoint before stays as NAME.prev.pt. Raises UserError on a full disk."""
-    temporary, previous = path.with_suffix(".tmp"), path.with_suffix(".prev.pt")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if path.exists() and path.suffix == ".pt":
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({str(e).splitlines()[0]}); make room and run the same command again") from None
-
-
-def load_checkpoint(path, kind):
-    """The newest whole checkpoint at `path`: itself, or NAME.prev.pt where it is torn (said in one line). Raises UserError."""
-    path = Path(path)
-    previous = path.with_suffix(".prev.pt")
-    try:
-        content = tok.read_file(path)
-    except UserError as e:
-        if not previous.exists():
-            raise
-        print(f"{e}; going on from {previous}", file=sys.stderr)
-        content = tok.read_file(previous)
-    if not isinstance(content, dict) or content.get("kind") not in kind:
-        is_a = content.get("kind") if isinstance(content, dict) else None
-        raise UserError(f"{path}: not a checkpoint of {' or '.join(kind)}" + (f" but of {tok.plain(is_a)}" if isinstance(is_a, str) else "") +
-                        "; give the right file")
-    return content
-
-
-# What may differ between a run and its continuation without changing its sequence
-FREE = {"out", "steps", "log_every", "save_every", "device", "workers", "fresh", "accumulate", "compile", "checkpointing", "max_bad",
-        "bench", "write_data", "num", "stage1"}
-
-
-def continued(path, args, kind, fingerprint):
-    """The checkpoint that a run goes on from, or None; exits 0 where it is finished. Raises UserError where a setting differs."""
-    if args.fresh or not (path.exists() or path.with_suffix(".prev.pt").exists()):
-        return None
-    content = load_checkpoint(path, [kind])
-    now, then = {**settings(args), "data": fingerprint}, content["settings"]
-    for name in sorted(now.keys() | then.keys()):
-        if name not in FREE and now.get(name) != then.get(name):
-            option = "--" + name.replace("_", "-")
-            how = "or the weights that read it are others than" if name == "data" else f"is {now.get(name)} but was {then.get(name)}"
-            raise UserError(f"{option} {how} in {path}; use the same, another --out, or --fresh")
-    if content["step"] >= args.steps:
-        print(f"{path} is finished at step {content['step']}; a larger --steps goes on from there")
-        sys.exit(0)
-    return content
-
-
-def settings(args):
-    """The options as plain values, for the checkpoint."""
-    return {k: v for k, v in vars(args).items() if v is None or isinstance(v, (bool, int, float, str, list))}
-
-
-class Log:
-    """OUT/NAME.jsonl, a flushed line a logged step, and a progress bar with smoothed loss, step time and time left."""
-
-    def __init__(self, path, ranks, first, last, batch):
-        self.ranks, self.batch, self.smooth, self.since = ranks, batch, None, (time.time(), first)
-        self.bar = tqdm(total=last, initial=first, disable=not ranks.main, desc=path.stem, dynamic_ncols=True)
-        if ranks.main:
-            kept = [] if first == 0 or not path.exists() else [s for s in path.read_text().splitlines() if s.endswith("}") and json.loads(s)["step"] <= first]
-            path.write_text("".join(f"{line}\n" for line in kept))  # what a killed run logged after its last checkpoint comes again
-            self.file = open(path, "a")
-
-    def write(self, step, loss, **values):
-        """`loss` is that step's, over the whole batch."""
-        self.smooth = loss if self.smooth is None else 0.7 * self.smooth + 0.3 * loss
-        (then, before), self.since = self.since, (time.time(), step)
-        seconds = (self.since[0] - then) / max(1, step - before)
-        self.bar.set_postfix_str(f"loss {self.smooth:.4f}, {1e3 * seconds:.0f} ms, {self.batch / seconds:.0f} images/s", refresh=False)
-        if self.ranks.main:
-            self.file.write(json.dumps({"step": step, "loss": loss, **values, "images_per_second": round(self.batch / seconds, 1)}) + "\n")
-            self.file.flush()
-
-
-class Bins:
-    """Mean loss in eight equal segments of t, kept on the device: the cheapest look into a flow model."""
-
-    def __init__(self, device):
-        self.total, self.count = torch.zeros(8, device=device), torch.zeros(8, device=device)
-
-    def add(self, t, loss):
-        """t (B,), loss (B,)."""
-        segment = (t * 8).long().clamp(max=7)
-        self.total.index_add_(0, segment, loss.float())
-        self.count.index_add_(0, segment, torch.ones_like(t))
-
-    def read(self, ranks):
-        """Eight means over all ranks (None where nothing fell) since the last call."""
-        total, count = (ranks.sum(u.clone()).tolist() for u in (self.total, self.count))
-        self.total.zero_(), self.count.zero_()
-        return [round(a / n, 5) if n else None for a, n in zip(total, count)]
-
-
-class Interruption:
-    """SIGINT and SIGTERM on any rank, and a gradient that is not finite, seen by all ranks at the same step.
-
-    The flags of a step are read one step later on a GPU, so that the loop does not wait for the device.
-    """
-
-    def __init__(self, ranks):
-        self.ranks, self.asked, self.flags, self.lag = ranks, 0.0, [], 1 if ranks.device.type == "cuda" else 0
-        for which in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(which, self.ask)
-
-    def ask(self, *_):
-        """The signal handler: finish the step, save, exit 0."""
-        self.asked = 1.0
-
-    def check(self, bad, losses, step, indices, pictures):
-        """True if a signal asks to stop. Raises UserError, naming step and pictures, where the loss was not finite."""
-        flags = self.ranks.sum(torch.stack([bad, torch.full_like(bad, self.asked)]))
-        self.flags.append((flags, losses, step, indices))
-        if len(self.flags) <= self.lag:
-            return False
-        flags, losses, step, indices = self.flags.pop(0)
-        bad, asked = flags.tolist()
-        if bad:
-            which = [pictures.names[i] for i in indices[~losses.isfinite().cpu()].tolist()] or ["none of this rank's alone"]
-            raise UserError(f"the loss or its gradient is not finite at step {step}, pictures: {', '.join(which[:5])}; the last checkpoint "
-                            f"is untouched: try a smaller --lr or --dtype float32")
-        return asked > 0
-
-
 def grid(rows, scale=None):
     """Rows of images (each (B,3,H,W) in [-1,1]) -> one PIL picture, enlarged to be seen."""
     x = torch.stack([fid.to_uint8(row.cpu().nan_to_num()) for row in rows])                                 # (rows,B,3,H,W)
@@ -698,6 +953,108 @@ def save_picture(picture, path):
     temporary = Path(path).with_suffix(".tmp")
     picture.save(temporary, format="PNG")
     os.replace(temporary, path)
+
+
+# ---- Shared: options and errors
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that refuses in one line with status 2, takes no abbreviations and prints every default."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(self, name, default=None, help="", **kwargs):
+        """add_argument with the default in the help text."""
+        shown = "" if default is None or default is False else f" (default: {default})"
+        self.add_argument(name, default=default, help=help + shown, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+
+def whole(low):
+    """An argparse type: a whole number of at least `low`."""
+    def parse(text):
+        if not text.lstrip("-").isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return int(text)
+    return parse
+
+
+def number(low, high=math.inf):
+    """An argparse type: a finite number within [low, high]."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+        return value
+    return parse
+
+
+def common_options(parser, stage):
+    """The options of both trainers."""
+    p = parser
+    p.add("--out", "out", "folder for checkpoint, log and pictures")
+    p.add("--data", None, "folder of pictures (sub-folders are classes), .zip of one, or .tar shards; default: coloured digits")
+    p.add("--size", None, "size of the networks (default: that of the checkpoint that is begun with, else nano)", choices=list(SIZES))
+    p.add("--steps", None, "optimizer steps in all", type=whole(1))
+    p.add("--batch", None, "pictures a step, over all GPUs and accumulation", type=whole(1))
+    p.add("--lr", None, "AdamW learning rate after warm-up", type=number(0))
+    p.add("--warmup", None, "steps of linear warm-up", type=whole(0))
+    p.add("--ema", None, "decay of the averaged weights", type=number(0, 1))
+    p.add("--seed", 0, "seed of weights, picture order, noise and prior", type=whole(0))
+    p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
+    p.add("--clip-grad", 1.0, "largest norm of the gradient", type=number(0))
+    p.add("--accumulate", 1, "cut each GPU's part of the batch into this many pieces to save memory", type=whole(1))
+    p.add("--prior-steps", 1600, "steps of the prior, 128 pictures each, where one is trained", type=whole(1))
+    p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
+    p.add("--save-every", 500 if stage == 1 else 1000, "steps between checkpoints and pictures", type=whole(1))
+    p.add("--device", "auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
+    p.add("--dtype", "auto", "of the networks: auto is bfloat16 where the device has matrix instructions for it",
+          choices=["auto", "float32", "bfloat16"])
+    p.add("--workers", None, "processes that read pictures (default: 4 with a GPU, else 0)", type=whole(0))
+    p.add("--max-bad", 0.001, "share of unreadable pictures that is skipped", type=number(0, 1))
+    p.add("--compile", False, "torch.compile the networks", action="store_true")
+    p.add("--bench", False, "print times, GMACs and share of the matrix-multiply peak of this size's networks, and exit", action="store_true")
+    p.add("--fresh", False, "start anew, over what lies in --out", action="store_true")
+
+
+def complete(args, paper, nano, decoder=None):
+    """Fill in what the command line left open: --size, that of the checkpoint's `decoder` where there is one, then what hangs on it."""
+    if args.size is None:
+        width = decoder.config["width"] if decoder else SIZES["nano"]["decoder"]["width"]
+        args.size = next((size for size, shape in SIZES.items() if shape["decoder"]["width"] == width), None)
+        if not args.size:
+            raise UserError(f"--size: the checkpoint's decoder is {width} wide, which is none of {', '.join(SIZES)}; give the size")
+    for name, value in (nano if args.size == "nano" else paper).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+
+
+def make_folder(path, option="--out"):
+    """The folder, made where it is missing. Raises UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{option} {path}: cannot be made a folder ({e.strerror}); give another") from None
+
+
+def guarded(main):
+    """Call main(); what a user can mend ends in one line and status 2, a programmer's error in its traceback."""
+    try:
+        main()
+    except (UserError, dec.UserError, fid.UserError) as e:
+        for bar in list(getattr(tqdm, "_instances", ())):  # the sentence gets a line of its own
+            bar.close()
+        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the first step; run the same command again")
 
 
 # ---- Shared: --bench
@@ -725,347 +1082,26 @@ def median_ms(function, device, seconds=4.0):
     return sorted(times)[len(times) // 2]
 
 
-def bench_rows(rows, device, dtype):
+def bench_rows(rows, ranks, dtype):
     """Print name, milliseconds, images/s, GMACs an image (linear + attention), GFLOP/s and its share of the matrix-multiply peak.
 
-    rows: (name, function, images a call). The peak is that of a 4096^3 product in `dtype`, measured before and after.
+    rows: (name, function, images a call), run under --dtype. The peak is that of a 4096^3 product in it, measured before and after.
     """
-    a, b = (torch.randn(4096, 4096, device=device, dtype=dtype) for _ in range(2))
-    peak = lambda: 2 * 4096**3 / median_ms(lambda: a @ b, device) / 1e6
-    before, results = peak(), []
-    for name, function, images in rows:
-        (linear, attention), ms = count_macs(function), median_ms(function, device)
-        results.append((name, ms, images / ms * 1e3, linear / images, attention / images, 2e3 * (linear + attention) / ms))
-    top = max(before, peak())
+    device, (a, b) = ranks.device, (torch.randn(4096, 4096, device=ranks.device) for _ in range(2))
+    with autocast(ranks, dtype):
+        dtype = (a @ b).dtype
+        a, b = a.to(dtype), b.to(dtype)
+        peak = lambda: 2 * 4096**3 / median_ms(lambda: a @ b, device) / 1e6
+        before, results = peak(), []
+        for name, function, images in rows:
+            (linear, attention), ms = count_macs(function), median_ms(function, device)
+            results.append((name, ms, images / ms * 1e3, linear / images, attention / images, 2e3 * (linear + attention) / ms))
+        top = max(before, peak())
     print(f"{device}, {dtype}: peak of a 4096^3 product {top:.0f} GFLOP/s; medians")
     print(f"{'':34s}{'ms':>9s}{'images/s':>10s}{'GMACs':>9s}{'+ attn':>8s}{'GFLOP/s':>9s}{'of peak':>9s}")
     for name, ms, rate, linear, attention, flops in results:
         print(f"{name:34s}{ms:9.1f}{rate:10.2f}{linear:9.3f}{attention:8.3f}{flops:9.0f}{flops / top:8.0%}")
 
 
-# ---- Stage 1
-
-
-def self_supervised(args, pictures, ranks):
-    """The small prior: a ViT trained without labels on the pictures themselves, kept in OUT/prior.pt. Returns it frozen."""
-    path = Path(args.out, "prior.pt")
-    made = {"data": pictures.fingerprint, **{name: getattr(args, name) for name in ("seed", "prior", "prior_steps", "registers", "pixels")}}
-    if args.prior == "labels" and not pictures.classes:
-        raise UserError("--prior labels needs pictures in class folders; use --prior self")
-    if path.exists() and not args.fresh:
-        then = load_checkpoint(path, ["prior"])["settings"]
-        for name in made:
-            if made[name] != then.get(name):
-                raise UserError(f"--{name.replace('_', '-')} is not that of {path}; use the same, another --out, or --fresh")
-    elif ranks.main:
-        how = "self-supervised on the pictures first, without labels" if args.prior == "self" else "supervised by the labels first"
-        print(f"No encoder given: a ViT of {args.pixels}x{args.pixels} pixels is {how}; real use takes DINOv2 (--encoder)")
-        vit = new_vit(args).to(ranks.device)
-        solo = argparse.Namespace(rank=0, world=1, device=ranks.device)
-        loader = Loader(pictures, Order(len(pictures), min(128, len(pictures)), solo, 0, args.prior_steps, args.seed + 1), solo,
-                        args.workers, args.max_bad)
-        bar, classes = tqdm(total=len(loader), desc="prior", dynamic_ncols=True), len(pictures.classes) if args.prior == "labels" else 0
-        for step, loss in enumerate(tok.pretrain(vit, loader, args.seed, classes=classes)):
-            bar.update()
-            if step % 20 == 0:
-                bar.set_postfix_str(f"loss {loss.item():.3f}")
-        bar.close()
-        save_checkpoint(path, {"kind": "prior", "settings": made, "config": vit.config, "state": vit.cpu().state_dict()})
-    ranks.wait()
-    return encoder(str(path))
-
-
-def new_vit(args):
-    """An untrained ViT: nano's own, or DINOv2 ViT-B/14's shape with registers."""
-    torch.manual_seed(args.seed)
-    if args.size == "nano":
-        if args.pixels % 4:
-            raise UserError(f"--pixels {args.pixels} cannot be cut into nano's patches of 4x4; choose a multiple of 4")
-        return ViT(pixels=args.pixels, grid=args.pixels // 4, hidden=256, registers=args.registers)
-    return ViT(768, 12, 12, 3072, 14, 37, registers=4, layer_scale=True, pixels=224, mean=tok.IMAGENET[0], std=tok.IMAGENET[1])
-
-
-def damage(e):
-    """An exception in one short line."""
-    return f"{type(e).__name__}: {tok.plain(str(e), 120)}"
-
-
-def plausible(config, state, limit=4096):
-    """Raises ValueError unless settings read from a file are plain values of a size that its tensors have or a network could: a
-    stranger's file must not decide how much memory and time is taken before its weights are seen."""
-    sides = {n for t in state.values() for n in t.shape}
-    for name, value in config.items():
-        for v in value[:16] if isinstance(value, (list, tuple)) else [value]:
-            good = v is None or isinstance(v, bool) or isinstance(v, str) and len(v) < 20 or isinstance(v, (int, float)) and (0 <= v <= limit or {v, v + 1} & sides)
-            if not good or isinstance(value, (list, tuple)) and len(value) > 16:
-                raise ValueError(f"{name} is no setting of its network")
-    width, heads = config.get("width", 0), config.get("heads", 1)
-    if config.get("depth", 0) > len(state) or not heads or width % heads:
-        raise ValueError("its settings are not those of its network")
-
-
-def encoder(path):
-    """A frozen ViT from OUT/prior.pt or from any published file or name. Raises UserError."""
-    path = tok.weight_file(path)
-    content = tok.read_file(path)
-    if not (isinstance(content, dict) and content.get("kind") == "prior"):
-        return tok.load_encoder(path)
-    try:
-        plausible(content["config"], content["state"])
-        with torch.device("meta"):
-            vit = ViT(**content["config"])
-        return tok.fit(vit, content["state"], path, "a prior").requires_grad_(False)
-    except UserError:
-        raise
-    except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
-        raise UserError(f"{path}: a damaged prior ({damage(e)}); delete it or give another") from None
-
-
-class Stage1(nn.Module):
-    """Tokenizer and decoder as one module, so that one backward pass trains both (Eq. 2)."""
-
-    def __init__(self, tokenizer, decoder):
-        super().__init__()
-        self.tokenizer, self.decoder = tokenizer, decoder
-
-    def forward(self, images, latents, t, noise, prior=None):
-        """Losses of each picture: flow (B,) of Eq. 1 and cosine (B,) of Eq. 3, 0 without a prior."""
-        tokens = self.tokenizer(images)                                                            # (B,K,D)
-        flow = flow_loss(lambda x_t, s: self.decoder(x_t, s, tokens), latents, t, noise)
-        return flow, torch.zeros_like(flow) if prior is None else cosine_loss(tokens, prior)
-
-
-@torch.no_grad()
-def reconstruct(tokenizer, decoder, vae, images, steps=20, seed=0):
-    """(B,3,H,W) in [-1,1] -> the pictures their tokens decode to, (B,3,pixels,pixels)."""
-    shape = (decoder.config["channels"], decoder.config["size"], decoder.config["size"])
-    projected = decoder.project(tokenizer(images))
-    noise = noise_for(range(seed, seed + len(images)), shape, images.device)
-    latents = euler(lambda x, t: decoder.velocity(x, decoder.condition(t), projected), noise, steps)
-    return vae.decode(latents).clamp(-1, 1)
-
-
-def options():
-    """The command line of stage 1."""
-    p = Parser(__doc__)
-    common_options(p, 1)
-    p.add("--encoder", None, "DINOv2, MAE or CLIP file or name, a prior.pt, or 'random' (all unfrozen, lambda 0); default: nano trains a prior")
-    p.add("--vae", None, "SD VAE file; default: nano works on pixels")
-    p.add("--init", None, "checkpoint (ours or the authors') to fine-tune from")
-    p.add("--pixels", None, "side of the pictures (default: 16 for nano, else 256)", type=whole(1))
-    p.add("--lam", 0.1, "lambda, the weight of the cosine term (Eq. 3)", type=number(0))
-    p.add("--unfreeze", "token", "what of the encoder is trained", choices=["token", "all", "none"])
-    p.add("--token", "cls", "what is read: class token, one register, or all of them (K = 1 + registers)", choices=["cls", "reg", "all"])
-    p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
-    p.add("--prior", "self", "how nano's own prior is trained: self-supervised, or by the labels", choices=["self", "labels"])
-    p.add("--registers", 4, "register tokens of nano's own prior", type=whole(0))
-    p.add("--t-mean", None, "t = sigmoid(N(this,1)); below 0 nearer to noise", type=number(-10, 10))
-    p.add("--cache", None, "compute VAE posteriors and original tokens once, into a float16 file (default: nano only)", action=argparse.BooleanOptionalAction)
-    p.add("--checkpointing", False, "recompute activations in the backward pass: less memory, more time", action="store_true")
-    p.add("--write-data", None, "write --num pictures of the default data as PNG in class folders to this folder, and exit")
-    p.add("--num", 2000, "how many pictures --write-data writes", type=whole(1))
-    args = p.parse_args()
-    for condition, why, names in (
-            (args.init, "--init takes its networks from the checkpoint", ("encoder", "vae", "pixels", "unfreeze", "token", "reg_index", "prior", "registers")),
-            (args.encoder not in (None, "random") or args.size != "nano", "this run trains no prior of its own", ("prior", "registers"))):
-        for name in names:
-            if condition and getattr(args, name) != p.get_default(name):
-                raise UserError(f"--{name.replace('_', '-')}: {why}; leave the option out")
-    if args.token != "cls" and not args.registers:
-        raise UserError(f"--token {args.token} needs an encoder with register tokens; use --token cls")
-    for name, value in (NANO if args.size == "nano" else PAPER).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    args.pixels = args.pixels or SIZES[args.size]["pixels"]
-    if args.encoder == "random":
-        args.unfreeze, args.lam = "all", 0.0
-    return args
-
-
-def make_folder(path, option="--out"):
-    """The folder, made where it is missing. Raises UserError."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{option} {path}: cannot be made a folder ({e.strerror}); give another") from None
-
-
-def write_data(folder, count, seed, pixels):
-    """The default pictures as FOLDER/digit/number.png."""
-    for i in tqdm(range(count), desc="pictures", dynamic_ncols=True):
-        plan = plan_digit(i, seed)
-        path = Path(folder, str(plan.digit), f"{i:06d}.png")
-        make_folder(path.parent, "--write-data")
-        Image.fromarray(draw_digit(plan, pixels)).save(path)
-
-
-def initial(path):
-    """Tokenizer, decoder and VAE of a checkpoint, ours or the authors', ready to be trained on. Raises UserError."""
-    from sample import RepTok  # sample.py itself needs this file
-    model = RepTok.load(path)
-    model.tokenizer.vit.requires_grad_(model.tokenizer.original is not None), model.decoder.requires_grad_(True)
-    for p in (model.tokenizer.vit.cls_token, model.tokenizer.vit.register_tokens):
-        p.requires_grad_(False)
-    model.tokenizer.embedding.requires_grad_(model.tokenizer.config["unfreeze"] != "none")
-    return (model.tokenizer, model.decoder, model.vae), model.pixels
-
-
-def build(args, pictures, ranks):
-    """Tokenizer, decoder and VAE of this run, on the CPU, before any weight of a checkpoint. Raises UserError."""
-    nano = args.size == "nano"
-    if not nano and not args.vae:
-        raise UserError(f"--size {args.size} works in SD-VAE latents: give --vae the file diffusion_pytorch_model.safetensors of "
-                        f"stabilityai/sd-vae-ft-mse (address in the README)")
-    if not nano and not args.encoder:
-        raise UserError(f"--size {args.size} needs an encoder: give --encoder dinov2_vitb14_reg4_pretrain.pth, or its name "
-                        f"dinov2_vitb14_reg to download it")
-    vae = dec.load_vae(args.vae) if args.vae else PixelSpace()
-    if args.pixels % vae.factor:
-        raise UserError(f"--pixels {args.pixels} is not a multiple of the VAE's {vae.factor}")
-    Decoder(**{**SIZES[args.size]["decoder"], "depth": 0}, channels=vae.channels, size=args.pixels // vae.factor)  # refuses bad sizes early
-    vit = encoder(args.encoder) if args.encoder and args.encoder != "random" else None
-    vit = vit or (new_vit(args) if args.encoder else self_supervised(args, pictures, ranks))
-    torch.manual_seed(args.seed)
-    tokenizer = Tokenizer(vit, args.token, args.reg_index, args.unfreeze)
-    decoder = Decoder(**SIZES[args.size]["decoder"], channels=vae.channels, size=args.pixels // vae.factor,
-                      token_dim=tokenizer.width, K=tokenizer.K)
-    return tokenizer, decoder, vae
-
-
-def bench(args, ranks):
-    """--bench: this size's networks with random weights, and a training step."""
-    torch.manual_seed(0)
-    nano, device, n = args.size == "nano", ranks.device, args.batch if args.size == "nano" or ranks.device.type == "cuda" else 2
-    vae = PixelSpace() if nano else VAE().to(device, memory_format=torch.channels_last)
-    tokenizer = Tokenizer(new_vit(args)).to(device)
-    decoder = Decoder(**SIZES[args.size]["decoder"], channels=vae.channels, size=args.pixels // vae.factor, token_dim=tokenizer.width).to(device)
-    for p in decoder.parameters():
-        nn.init.normal_(p, std=0.02) if p.ndim > 1 else None  # zero starts would stop the backward pass
-    tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing
-    x, t = torch.rand(n, 3, args.pixels, args.pixels, device=device) * 2 - 1, torch.rand(n, device=device)
-    noise = torch.randn(n, vae.channels, decoder.config["size"], decoder.config["size"], device=device)
-    stage1 = Stage1(tokenizer, decoder)
-    optimizer = torch.optim.AdamW([p for p in stage1.parameters() if p.requires_grad], fused=True)
-    net = torch.compile(stage1) if args.compile else stage1
-
-    def quiet(function):
-        def call():
-            with torch.no_grad(), autocast(ranks, args.dtype):
-                function()
-        return call
-
-    def step():
-        with autocast(ranks, args.dtype):
-            flow, _ = net(x, noise, t, noise)
-            flow.mean().backward()
-        move(optimizer, list(decoder.parameters()), 1.0)
-
-    tokens = tokenizer(x).detach()
-    rows = [("encoder", quiet(lambda: tokenizer(x)), n), ("decoder velocity", quiet(lambda: decoder(noise, t, tokens)), n),
-            ("step: encoder, decoder, backward", step, n)]
-    if not nano:
-        rows += [("VAE encode", quiet(lambda: vae.encode(x)), n), ("VAE decode", quiet(lambda: vae.decode(noise)), n)]
-    with autocast(ranks, args.dtype):
-        dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
-    print(f"size {args.size}, batch {n}: decoder {sum(p.numel() for p in decoder.parameters()) / 1e6:.1f}M parameters, "
-          f"encoder {sum(p.numel() for p in tokenizer.vit.parameters()) / 1e6:.1f}M")
-    bench_rows(rows, device, dtype)
-
-
-def main():
-    """Stage 1 from the command line: everything is checked, built or restored, then the loop. Raises UserError."""
-    args = options()
-    if args.write_data:
-        return write_data(args.write_data, args.num, args.seed, args.pixels)
-    ranks = Ranks(args.device)
-    if args.bench:
-        return bench(args, ranks)
-    if args.batch % (ranks.world * args.accumulate):
-        raise UserError(f"--batch {args.batch} is not a multiple of {ranks.world} processes x --accumulate {args.accumulate}")
-    parts = None
-    if args.init:
-        parts, args.pixels = initial(args.init)
-    out = Path(args.out, "stage1.pt")
-    pictures = Pictures(args.data, args.pixels, args.seed)
-    make_folder(args.out)
-    last = continued(out, args, "stage1", pictures.fingerprint)
-    tokenizer, decoder, vae = (u.to(ranks.device) for u in parts or build(args, pictures, ranks))
-    tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing
-    if last:
-        tokenizer.load_state_dict(last["tokenizer"]["state"]), decoder.load_state_dict(last["decoder"]["state"])
-    parameters, optimizer, ema, first, model = training(Stage1(tokenizer, decoder), args, ranks, last)
-    if ranks.main:
-        print(f"{len(pictures)} pictures, {len(pictures.classes)} classes; {sum(p.numel() for p in parameters) / 1e6:.2f}M trained parameters, "
-              f"{tokenizer.embedding.numel()} of them in the encoder's token; batch {args.batch} = {ranks.world} processes x "
-              f"{args.accumulate} x {args.batch // ranks.world // args.accumulate}; steps {first} to {args.steps}")
-
-    def save(step):
-        if ranks.main:
-            part = lambda module: {"config": module.config, "state": module.state_dict()}
-            save_checkpoint(out, {
-                "kind": "stage1", "step": step, "settings": {**settings(args), "data": pictures.fingerprint}, "classes": pictures.classes,
-                "pixels": args.pixels, "tokenizer": part(tokenizer), "decoder": part(decoder), "vae": part(vae),
-                "ema": ema.state(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
-            with ema.applied(), autocast(ranks, args.dtype):
-                shown = torch.stack([pictures[i][0] for i in range(min(10, len(pictures)))]).to(ranks.device).float() / 127.5 - 1
-                save_picture(grid([shown, reconstruct(tokenizer, decoder, vae, shown).float()]), out.with_suffix(".png"))
-        ranks.wait()
-
-    @torch.no_grad()
-    def frozen(x):
-        """What does not change in training: mean and log-variance of the latents, the original tokens."""
-        return [u.float() for u in (*vae.posterior(x), tokenizer.prior(x))]
-
-    shape = (args.batch, decoder.config["channels"], decoder.config["size"], decoder.config["size"])
-    if args.cache:
-        fields = [("mean", shape[1:]), ("logvar", shape[1:]), ("prior", (tokenizer.K, tokenizer.width))]
-        path = Path(args.out, f"cache-{fingerprint(pictures, args.flip, tokenizer.original or tokenizer.vit, vae)[:12]}.npy")
-        rows = computed_once(path, fields, pictures, ranks, args, frozen)
-
-    def kept(indices, mirror):
-        """The same from the file of --cache."""
-        found = rows[indices.numpy()]
-        views = [torch.from_numpy(np.ascontiguousarray(found[name])) for name, _ in fields]                     # (b,V,...)
-        views = [(u.pin_memory() if ranks.device.type == "cuda" else u).to(ranks.device, non_blocking=True).float() for u in views]
-        return [u[torch.arange(len(u), device=u.device), mirror.long()] for u in views]
-
-    loader = Loader(pictures, Order(len(pictures), args.batch, ranks, first, args.steps, args.seed), ranks, args.workers, args.max_bad)
-    log, bins, stop = Log(out.with_suffix(".jsonl"), ranks, first, args.steps, args.batch), Bins(ranks.device), Interruption(ranks)
-    for step, (images, _, indices) in enumerate(loader, first):
-        # drawn for the whole batch on every rank, so that ranks and accumulation do not change the sequence
-        draw = generator(args.seed, step, 0, ranks.device)
-        t = ranks.part(torch.sigmoid(torch.randn(args.batch, generator=draw, device=ranks.device) + args.t_mean))
-        noise, posterior = (ranks.part(torch.randn(shape, generator=draw, device=ranks.device)) for _ in range(2))
-        mirror = ranks.part(torch.rand(args.batch, generator=draw, device=ranks.device)) < 0.5 * args.flip
-        images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        losses, cosines = [], []
-        for n, (x, i, m, s, e, q) in enumerate(zip(*(u.chunk(args.accumulate) for u in (images, indices, mirror, t, noise, posterior)))):
-            wait = contextlib.nullcontext() if n == args.accumulate - 1 or ranks.world == 1 else model.no_sync()
-            with wait, autocast(ranks, args.dtype):
-                mean, logvar, prior = kept(i, m) if args.cache else frozen(x)                      # (b,C,h,w) twice, (b,K,D)
-                flow, cosine = model(x, vae.sample(mean, logvar, q), s, e, prior)                                      # Eq. 1 and 2; Eq. 3
-                ((flow + args.lam * cosine).mean() / args.accumulate).backward()
-            losses.append(flow.detach()), cosines.append(cosine.detach())
-        norm, bad = move(optimizer, parameters, args.clip_grad)
-        ema.update(step)
-        flow, cosine = torch.cat(losses), torch.cat(cosines)
-        bins.add(t, flow)
-        stopping = stop.check(bad, flow, step + 1, indices, pictures)
-        log.bar.update()
-        if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-            mean = ranks.sum(torch.stack([flow.mean(), cosine.mean()]) / ranks.world).tolist()
-            log.write(step + 1, mean[0] + args.lam * mean[1], flow=mean[0], cosine=mean[1], norm=norm.item(),
-                      lr=optimizer.param_groups[0]["lr"], bins=bins.read(ranks))
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
-            save(step + 1)
-        if stopping:
-            break
-    log.bar.close()
-    if ranks.main:
-        done = step + 1 == args.steps
-        print(f"{out}: step {step + 1}" + ("" if done else f" of {args.steps}, interrupted; run the same command to go on"))
-
-
 if __name__ == "__main__":
-    run(main)
+    guarded(main)

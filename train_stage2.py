@@ -9,7 +9,6 @@ The frozen tokenizer turns every picture into tokens once (OUT/tokens-*.npy); an
 them without reading a picture again. Writes OUT/stage2.pt (self-contained), OUT/stage2.jsonl and OUT/stage2.png (samples from
 fixed noise, a row a class). Run again, it goes on.
 """
-import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -20,42 +19,12 @@ from decoder import flow_loss
 from mixer import Mixer
 from sample import RepTok
 from tokenizer import ClipText, UserError, WordEncoder, load_text_encoder, text_mask
-from train_stage1 import (SIZES, Bins, Interruption, Log, Order, Parser, Pictures, Ranks, autocast, bench_rows, common_options, computed_once,
-                          continued, fingerprint, generator, grid, learning_rate, make_folder, move, noise_for, number, run, save_checkpoint, save_picture, settings,
-                          training, whole)
+from train_stage1 import (SIZES, Order, Parser, Pictures, Ranks, Run, bench_rows, common_options, complete, computed_once, continued, fingerprint,
+                          generator, grid, guarded, make_folder, move, noise_for, number, whole)
 
 PAPER = dict(steps=700_000, batch=256, lr=1e-4, warmup=2000, decay=False, ema=0.9999)
 NANO = dict(steps=1400, batch=256, lr=2e-3, warmup=100, decay=True, ema=0.995)
 NANO_TEXT = {**NANO, "steps": 850}  # text triples the cost of a step
-
-
-def options():
-    """The command line of stage 2."""
-    p = Parser(__doc__)
-    common_options(p, 2)
-    p.add("--stage1", None, "checkpoint of stage 1, ours or the authors' (default: OUT/stage1.pt)")
-    p.add("--captions", None, "captioned pictures instead of classes: folder, .tar, .tsv or .jsonl; without a value, the digits write them",
-          nargs="?", const="digits")
-    p.add("--clip", None, "CLIP file whose text tower reads the captions; default: text features beside the pictures, or a small encoder trained along")
-    p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
-    p.add("--label-drop", 0.1, "share of labels or captions dropped for classifier-free guidance", type=number(0, 1))
-    p.add("--channel-expansion", 4, "channel MLP's hidden width over the Mixer's (3 gives the paper's 276M)", type=whole(1))
-    p.add("--token-expansion", 2, "token MLP's hidden width over the number of tokens", type=whole(1))
-    args = p.parse_args()
-    for name, value in (PAPER if args.size != "nano" else NANO_TEXT if args.captions else NANO).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    if args.clip and not (args.captions and args.bpe):
-        raise UserError("--clip reads captions: give --captions, and --bpe with bpe_simple_vocab_16e6.txt.gz")
-    args.stage1 = args.stage1 or str(Path(args.out, "stage1.pt"))
-    return args
-
-
-def encode(model, pictures, ranks, args, digest):
-    """Tokens of every picture (and, with --flip, of its mirror image), once: (N,V,K,D) float16, and labels (N,), on the device."""
-    rows = computed_once(Path(args.out, f"tokens-{digest[:12]}.npy"), [("tokens", (model.tokenizer.K, model.tokenizer.width))], pictures, ranks,
-                         args, lambda images: [model.tokenizer(images)])
-    return torch.from_numpy(rows["tokens"].copy()).to(ranks.device), torch.from_numpy(rows["label"].astype(np.int64)).to(ranks.device)
 
 
 class Stage2(nn.Module):
@@ -69,6 +38,79 @@ class Stage2(nn.Module):
         """Eq. 1 on normalised tokens z (B,K,D): the loss of each, (B,). `text` is features (B,L,C), or ids (B,L) for the encoder."""
         text = self.text(text) if self.text else text
         return flow_loss(lambda z_t, s: self.mixer(z_t, s, classes, text, mask), z, t, noise)
+
+
+def encode(model, pictures, ranks, args, digest):
+    """Tokens of every picture (and, with --flip, of its mirror image), once: (N,V,K,D) float16, and labels (N,), on the device."""
+    rows = computed_once(Path(args.out, f"tokens-{digest[:12]}.npy"), [("tokens", (model.tokenizer.K, model.tokenizer.width))], pictures, ranks,
+                         args, lambda images: [model.tokenizer(images)])
+    return torch.from_numpy(rows["tokens"].copy()).to(ranks.device), torch.from_numpy(rows["label"].astype(np.int64)).to(ranks.device)
+
+
+def main():
+    """Stage 2 from the command line: tokens once, then the loop over them. Raises UserError."""
+    args = options()
+    ranks, defaults = Ranks(args.device), (PAPER, NANO_TEXT if args.captions else NANO)
+    if args.bench:
+        complete(args, *defaults)
+        return bench(args, ranks)
+    model, out = RepTok.load(args.stage1, ranks.device), Path(args.out, "stage2.pt")
+    complete(args, *defaults, model.decoder)
+    ranks.divide(args)
+    pictures = Pictures(args.captions if args.captions != "digits" and args.captions else args.data, model.pixels, args.seed, named=args.captions == "digits")
+    make_folder(args.out)
+    digest = fingerprint(pictures, args.flip, model.tokenizer)
+    last = continued(out, args, "stage2", digest)
+    torch.manual_seed(args.seed)
+    text, width = text_source(args, pictures, ranks.device) if args.captions else (None, None)
+    tokens, labels = encode(model, pictures, ranks, args, digest)
+    (N, V, K, D), C = tokens.shape, 0 if args.captions else len(pictures.classes)
+    # normalised tokens have mean 0 and variance 1 in every dimension; a released checkpoint keeps its own factor
+    mean, std = (model.mean, model.std) if model.released else (tokens.float().mean((0, 1))[None], tokens.float().std((0, 1))[None] + 1e-6)
+    shape, S = SIZES[args.size]["mixer"], K + bool(C) + 4 * bool(width) + 1
+    mixer = Mixer(K, D, **shape, classes=C, token_hidden=args.token_expansion * S, channel_hidden=args.channel_expansion * shape["hidden"],
+                  text_width=width).to(ranks.device)
+    stage2 = Stage2(mixer, text if isinstance(text, WordEncoder) else None)
+    if last:
+        mixer.load_state_dict(last["mixer"]["state"])
+        if stage2.text:
+            stage2.text.load_state_dict(last["text"]["state"])
+    model.mixer, model.mean, model.std, model.classes, model.text = mixer, mean, std, [] if args.captions else pictures.classes, text
+    if args.captions:  # fixed captions to look at
+        shown = [i * N // 10 for i in range(10)]
+        shown_text, shown_mask = (u.repeat_interleave(8, 0) for u in read_text(pictures, text, width, shown, [0.0] * 10, ranks.device))
+    else:
+        shown_text, shown_mask, shown = None, None, range(min(10, max(1, C)))
+
+    def picture():
+        features = stage2.text(shown_text) if stage2.text else shown_text
+        z = model.generate(None if args.captions else torch.tensor(shown).repeat_interleave(8), steps=20,
+                           noise=noise_for(range(8 * len(shown)), (K, D), ranks.device), text=features, mask=shown_mask)
+        return grid(model.decode(z, steps=20).chunk(len(shown)))
+
+    run = Run(out, stage2, args, ranks, last, pictures, digest, model.parts, picture)
+
+    def losses(z, t, noise, classes, *text):
+        loss = run.model(z, t, noise, classes, *text)                                              # Eq. 1 on tokens, (b,)
+        return {"loss": loss, "flow": loss}
+
+    for step, indices in enumerate(Order(N, args.batch, ranks, run.first, args.steps, args.seed), run.first):
+        # drawn for the whole batch on every rank, so that ranks and accumulation do not change the sequence
+        draw = generator(args.seed, step, 1, ranks.device)
+        t, drop, view, choice = (ranks.part(torch.rand(args.batch, generator=draw, device=ranks.device)) for _ in range(4))
+        noise = ranks.part(torch.randn(args.batch, K, D, generator=draw, device=ranks.device))
+        rows = torch.tensor(indices, device=ranks.device)
+        z = (tokens[rows, (view * V).long()].float() - mean) / std                                 # (b,K,D)
+        classes = torch.where(drop < args.label_drop, C, labels[rows])                             # (b,)
+        inputs = [z, t, noise, classes]
+        if args.captions:
+            words, mask = read_text(pictures, text, width, indices, choice.tolist(), ranks.device)
+            inputs += [words, mask & (drop >= args.label_drop)[:, None]]                           # (b,L,C) or (b,L); (b,L)
+        if run.step(step, losses, t, torch.tensor(indices), *inputs):
+            break
+
+
+# ---- Below: text, and the command line
 
 
 def text_source(args, pictures, device):
@@ -100,6 +142,25 @@ def read_text(pictures, text, width, indices, draws, device):
     return text(ids) if clip else ids, text_mask(ids, clip)
 
 
+def options():
+    """The command line of stage 2."""
+    p = Parser(__doc__)
+    common_options(p, 2)
+    p.add("--stage1", None, "checkpoint of stage 1, ours or the authors' (default: OUT/stage1.pt)")
+    p.add("--captions", None, "captioned pictures instead of classes: folder, .tar, .tsv or .jsonl; without a value, the digits write them",
+          nargs="?", const="digits")
+    p.add("--clip", None, "CLIP file whose text tower reads the captions; default: text features beside the pictures, or a small encoder trained along")
+    p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
+    p.add("--label-drop", 0.1, "share of labels or captions dropped for classifier-free guidance", type=number(0, 1))
+    p.add("--channel-expansion", 4, "channel MLP's hidden width over the Mixer's (3 gives the paper's 276M)", type=whole(1))
+    p.add("--token-expansion", 2, "token MLP's hidden width over the number of tokens", type=whole(1))
+    args = p.parse_args()
+    if args.clip and not (args.captions and args.bpe):
+        raise UserError("--clip reads captions: give --captions, and --bpe with bpe_simple_vocab_16e6.txt.gz")
+    args.stage1 = args.stage1 or str(Path(args.out, "stage1.pt"))
+    return args
+
+
 def bench(args, ranks):
     """--bench: the Mixer of this size with random weights, forward and in a training step."""
     nano, device = args.size == "nano", ranks.device
@@ -110,110 +171,13 @@ def bench(args, ranks):
     stage2 = Stage2(mixer)
     net, optimizer = torch.compile(stage2) if args.compile else stage2, torch.optim.AdamW(mixer.parameters(), fused=True)
 
-    def forward():
-        with torch.no_grad(), autocast(ranks, args.dtype):
-            mixer(z, t, c)
-
     def step():
-        with autocast(ranks, args.dtype):
-            net(z, t, z, c).mean().backward()
+        net(z, t, z, c).mean().backward()
         move(optimizer, list(mixer.parameters()), 1.0)
 
-    with autocast(ranks, args.dtype):
-        dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
     print(f"size {args.size}, batch {n}: Mixer {sum(p.numel() for p in mixer.parameters()) / 1e6:.1f}M parameters")
-    bench_rows([("Mixer", forward, n), ("step: Mixer, backward", step, n)], device, dtype)
-
-
-def main():
-    """Stage 2 from the command line: tokens once, then the loop over them. Raises UserError."""
-    args = options()
-    ranks = Ranks(args.device)
-    if args.bench:
-        return bench(args, ranks)
-    if args.batch % (ranks.world * args.accumulate):
-        raise UserError(f"--batch {args.batch} is not a multiple of {ranks.world} processes x --accumulate {args.accumulate}")
-    model, out = RepTok.load(args.stage1, ranks.device), Path(args.out, "stage2.pt")
-    source = args.captions if args.captions != "digits" else None
-    pictures = Pictures(source or args.data, model.pixels, args.seed, named=args.captions == "digits")
-    make_folder(args.out)
-    digest = fingerprint(pictures, args.flip, model.tokenizer)
-    last = continued(out, args, "stage2", digest)
-    torch.manual_seed(args.seed)
-    text, width = text_source(args, pictures, ranks.device) if args.captions else (None, None)
-    tokens, labels = encode(model, pictures, ranks, args, digest)
-    (N, V, K, D), C = tokens.shape, 0 if args.captions else len(pictures.classes)
-    # normalised tokens have mean 0 and variance 1 in every dimension; a released checkpoint keeps its own factor
-    mean, std = (model.mean, model.std) if model.released else (tokens.float().mean((0, 1))[None], tokens.float().std((0, 1))[None] + 1e-6)
-    shape, S = SIZES[args.size]["mixer"], K + bool(C) + 4 * bool(width) + 1
-    mixer = Mixer(K, D, **shape, classes=C, token_hidden=args.token_expansion * S, channel_hidden=args.channel_expansion * shape["hidden"],
-                  text_width=width).to(ranks.device)
-    stage2 = Stage2(mixer, text if isinstance(text, WordEncoder) else None)
-    if last:
-        mixer.load_state_dict(last["mixer"]["state"])
-        if stage2.text:
-            stage2.text.load_state_dict(last["text"]["state"])
-    parameters, optimizer, ema, first, net = training(stage2, args, ranks, last)
-    model.mixer, model.mean, model.std, model.classes, model.text = mixer, mean, std, [] if args.captions else pictures.classes, text
-    if ranks.main:
-        print(f"{N} pictures, {C} classes, tokens {K}x{D}; {sum(p.numel() for p in parameters) / 1e6:.2f}M parameters; batch {args.batch} = "
-              f"{ranks.world} processes x {args.accumulate} x {args.batch // ranks.world // args.accumulate}; steps {first} to {args.steps}")
-    if args.captions:  # fixed captions to look at
-        shown = [i * N // 10 for i in range(10)]
-        shown_text, shown_mask = (u.repeat_interleave(8, 0) for u in read_text(pictures, text, width, shown, [0.0] * 10, ranks.device))
-    else:
-        shown_text, shown_mask, shown = None, None, range(min(10, max(1, C)))
-
-    def save(step):
-        if ranks.main:
-            save_checkpoint(out, {
-                **model.parts(), "kind": "stage2", "step": step, "settings": {**settings(args), "data": digest},
-                "ema": ema.state(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
-            with torch.no_grad(), ema.applied(), autocast(ranks, args.dtype):
-                features = stage2.text(shown_text) if stage2.text else shown_text
-                z = model.generate(None if args.captions else torch.tensor(shown).repeat_interleave(8), steps=20,
-                                   noise=noise_for(range(8 * len(shown)), (K, D), ranks.device), text=features, mask=shown_mask)
-                save_picture(grid(model.decode(z, steps=20).chunk(len(shown))), out.with_suffix(".png"))
-        ranks.wait()
-
-    log, bins, stop = Log(out.with_suffix(".jsonl"), ranks, first, args.steps, args.batch), Bins(ranks.device), Interruption(ranks)
-    for step, indices in enumerate(Order(N, args.batch, ranks, first, args.steps, args.seed), first):
-        # drawn for the whole batch on every rank, so that ranks and accumulation do not change the sequence
-        draw = generator(args.seed, step, 1, ranks.device)
-        t, drop, view, choice = (ranks.part(torch.rand(args.batch, generator=draw, device=ranks.device)) for _ in range(4))
-        noise = ranks.part(torch.randn(args.batch, K, D, generator=draw, device=ranks.device))
-        rows = torch.tensor(indices, device=ranks.device)
-        z = (tokens[rows, (view * V).long()].float() - mean) / std                                 # (b,K,D)
-        classes = torch.where(drop < args.label_drop, C, labels[rows])                             # (b,)
-        inputs = [z, t, noise, classes]
-        if args.captions:
-            words, mask = read_text(pictures, text, width, indices, choice.tolist(), ranks.device)
-            inputs += [words, mask & (drop >= args.label_drop)[:, None]]                           # (b,L,C) or (b,L); (b,L)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        losses = []
-        for n, piece in enumerate(zip(*(u.chunk(args.accumulate) for u in inputs))):
-            wait = contextlib.nullcontext() if n == args.accumulate - 1 or ranks.world == 1 else net.no_sync()
-            with wait, autocast(ranks, args.dtype):
-                loss = net(*piece)                                                                 # Eq. 1 on tokens, (b,)
-                (loss.mean() / args.accumulate).backward()
-            losses.append(loss.detach())
-        norm, bad = move(optimizer, parameters, args.clip_grad)
-        ema.update(step)
-        losses = torch.cat(losses)
-        bins.add(t, losses)
-        stopping = stop.check(bad, losses, step + 1, torch.tensor(indices), pictures)
-        log.bar.update()
-        if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-            log.write(step + 1, ranks.sum(losses.mean() / ranks.world).item(), norm=norm.item(), lr=optimizer.param_groups[0]["lr"],
-                      bins=bins.read(ranks))
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
-            save(step + 1)
-        if stopping:
-            break
-    log.bar.close()
-    if ranks.main:
-        print(f"{out}: step {step + 1}" + ("" if step + 1 == args.steps else f" of {args.steps}, interrupted; run the same command to go on"))
+    bench_rows([("Mixer", torch.no_grad()(lambda: mixer(z, t, c)), n), ("step: Mixer, backward", step, n)], ranks, args.dtype)
 
 
 if __name__ == "__main__":
-    run(main)
+    guarded(main)
