@@ -178,7 +178,7 @@ class Decoder(nn.Module):
         return theta.cos(), theta.sin()
 
     def project(self, tokens):
-        """(B,K,token_dim) -> (B,K,width); wider tokens than the network (sizes S, B) pass whole through the Linear only."""
+        """(B,K,token_dim) -> (B,K,width); tokens wider than the network (size S) pass whole through the Linear only."""
         z = tokens + self.token_pos
         return F.pad(z, (0, self.width - z.shape[-1])) + self.token_ln(self.token_fc(z))
 

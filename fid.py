@@ -158,11 +158,16 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     return max(0.0, float(((mu1 - mu2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * roots))
 
 
-def fid(real, fake):
-    """FID of two Statistics, or of what read_statistics returns; warns on stderr where N makes it biased. UserError if not alike."""
+def compare(real, fake):
+    """UserError where two Statistics, or what read_statistics returns, are of features made in different ways."""
     for key in ("resize", "inception"):
         if len(known := {getattr(real, key), getattr(fake, key)} - {None}) > 1:
             raise UserError(f"features of unlike {key} do not compare: {' and '.join(sorted(known))}")
+
+
+def fid(real, fake):
+    """FID of two Statistics, or of what read_statistics returns; warns on stderr where N makes it biased. UserError if not alike."""
+    compare(real, fake)
     score, dims = frechet_distance(real.mu, real.cov, fake.mu, fake.cov), len(real.mu)
     n = [s.n or int(np.linalg.matrix_rank(s.cov, hermitian=True)) + 1 for s in (real, fake)]  # a file may not say; rank is N - 1
     if min(n) <= dims:
@@ -367,12 +372,12 @@ def measure(source, net, batch=50, workers=8):
     return stats.reduce()
 
 
-def record(metric, value, n_real, n_fake, reference, preprocessing=None, weights=None):
-    """Print a score's line and return the same as a dict for JSON; `weights` holds SHA-256s, `reference` is a path."""
+def record(metric, value, n_real, n_fake, reference, preprocessing=None, weights=None, digest=None):
+    """Print a score's line and return the same as a dict for JSON; `weights` holds SHA-256s, `reference` is a path, `digest` its SHA-256."""
     versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in ("torch", "numpy", "scipy", "pillow")}
     made = {"metric": metric, "value": value if math.isfinite(value) else str(value), "n_real": n_real or "unknown",
             "n_fake": n_fake or "unknown", "preprocessing": preprocessing, "weights_sha256": weights,
-            "reference": f"{reference}", "reference_sha256": sha256(reference), "versions": versions}
+            "reference": f"{reference}", "reference_sha256": digest or sha256(reference), "versions": versions}
     print(f"{metric} {value:.6f}", *(f"{k} {v}" for k, v in list(made.items())[2:] if v is not None), sep="  ", flush=True)
     return made
 

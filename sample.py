@@ -25,7 +25,7 @@ import tokenizer as tok
 from decoder import Decoder, PixelSpace, VAE, euler, flow_loss, vae_from
 from mixer import Mixer, guided
 from tokenizer import ClipText, TextTower, Tokenizer, UserError, ViT, WordEncoder
-from train_stage1 import (Bins, Parser, Pictures, Ranks, damage, grid, load_checkpoint, noise_for, number, plausible, guarded, save_checkpoint,
+from train_stage1 import (Bins, Parser, Pictures, Ranks, damage, grid, load_checkpoint, noise_for, number, plausible, guarded, save_checkpoint, text_features,
                           save_picture, whole)
 
 
@@ -45,12 +45,8 @@ class RepTok:
     @classmethod
     def load(cls, path, device="cpu"):
         """Any checkpoint: stage1.pt, stage2.pt, an export, or the authors' release. Raises UserError."""
-        content = tok.read_file(path) if Path(path).suffix != ".pt" else None
-        if isinstance(content, dict) and "kind" not in content:
-            model = released(content, path)
-        else:
-            model = cls.from_checkpoint(load_checkpoint(path, ["stage1", "stage2"]), path)
-        return model.to(device)
+        content = load_checkpoint(path, ["stage1", "stage2", "the authors'"])
+        return (cls.from_checkpoint if "kind" in content else released)(content, path).to(device)
 
     @classmethod
     def from_checkpoint(cls, content, path):
@@ -97,7 +93,7 @@ class RepTok:
     def parts(self):
         """What a checkpoint needs to be self-contained, as plain containers and tensors."""
         part = lambda module: {"config": module.config, "state": module.state_dict()}
-        content = {"kind": "stage1", "step": 0, "classes": self.classes, "pixels": self.pixels, "released": self.released,
+        content = {"kind": "stage1", "step": 0, "classes": self.classes, "released": self.released,
                    "tokenizer": part(self.tokenizer), "decoder": part(self.decoder), "vae": part(self.vae)}
         if self.mixer is not None:
             content.update(kind="stage2", mixer=part(self.mixer), latent={"mean": self.mean, "std": self.std})
@@ -133,7 +129,7 @@ class RepTok:
             raise UserError("this checkpoint has no text encoder" + (": it takes --features, an .npz of text features" if self.mixer is not None and
                             self.mixer.cross else ": it was trained on classes or on none; train with train_stage2.py --captions"))
         ids = self.text.ids(strings).to(self.device)
-        return self.text(ids), tok.text_mask(ids, isinstance(self.text, ClipText))
+        return self.text(ids), self.text.mask(ids)
 
     @torch.no_grad()
     def generate(self, classes=None, steps=50, cfg=1.0, cfg_interval=(0, 1), noise=None, text=None, mask=None, batch=1024):
@@ -146,9 +142,11 @@ class RepTok:
             raise UserError("this checkpoint is of stage 1, which reconstructs but cannot generate: train stage 2 and give its stage2.pt")
         if bool(self.mixer.cross) != (text is not None):
             raise UserError("this checkpoint takes " + ("text: give a prompt" if self.mixer.cross else "no text: give classes"))
+        if classes is None and text is None and (noise is None or self.mixer.classes):
+            raise UserError("say which classes: generate(classes), a tensor (B,) of their numbers")
         conditions = [u if u is None else u.to(self.device) for u in (classes if self.mixer.classes else None, text, mask)]
-        count, tokens = len(text if classes is None else classes), []
-        noise = noise_for(range(count), (self.mixer.K, self.mixer.D), self.device) if noise is None else noise.to(self.device)
+        count, tokens = len(noise if noise is not None else text if classes is None else classes), []
+        noise = noise_for(range(count), (self.mixer.K, self.mixer.D), self.device, mixer=True) if noise is None else noise.to(self.device)
         for i in range(0, count, batch):
             velocity = guided(self.mixer, *(u if u is None else u[i:i + batch] for u in conditions), scale=cfg, interval=cfg_interval)
             tokens.append(euler(velocity, noise[i:i + batch], steps) * self.std + self.mean)
@@ -226,7 +224,7 @@ def class_numbers(model, wanted):
     return numbers
 
 
-def wanted(model, args):
+def conditions_of(model, args):
     """What the command line asks for, as arguments of `generate`: classes, or text and its mask. Raises UserError."""
     prompts = list(args.prompt or [])
     if args.prompts:
@@ -236,14 +234,13 @@ def wanted(model, args):
             raise UserError(f"--prompts {args.prompts}: cannot be read as text ({e})") from None
     if args.features:
         try:
-            rows = [torch.from_numpy(np.load(path, allow_pickle=False)["features"].astype(np.float32)) for path in args.features]
+            rows = [text_features(path) for path in args.features]
         except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
             raise UserError(f"--features: not an .npz with features (L,C) ({e})") from None
         width = model.mixer.config["text_width"]
-        if any(row.ndim != 2 or row.shape[1] != width for row in rows):
-            raise UserError(f"--features: expected (L,{width}), as the checkpoint was trained with; got {[tuple(row.shape) for row in rows]}")
-        text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return {"text": text, "mask": torch.arange(text.shape[1]) < torch.tensor([[len(row)] for row in rows])}
+        if any(features.shape[1] != width for features, _ in rows):
+            raise UserError(f"--features: expected (L,{width}), as the checkpoint was trained with; got {[tuple(f.shape) for f, _ in rows]}")
+        return {name: torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for name, part in zip(("text", "mask"), zip(*rows))}
     if not prompts and not model.mixer.cross:
         return {"classes": torch.tensor(class_numbers(model, args.classes))}
     if not prompts or any(not prompt.strip() for prompt in prompts):
@@ -261,6 +258,7 @@ class ClipScore:
     """Cosine of CLIP's embeddings of picture and caption (Hessel 2021)."""
 
     def __init__(self, path, vocabulary, device):
+        path = tok.weight_file(path)
         tensors = tok.read_tensors(path)
         self.vit, self.text, self.bpe = tok.vit_from(tensors, path).to(device), tok.load_text_encoder(path).to(device), tok.BPE(vocabulary)
         proj = tensors["visual.proj"] if "visual.proj" in tensors else tensors["visual_projection.weight"].T
@@ -279,23 +277,31 @@ def evaluate(args, model, ranks):
     """Scores of the tokenizer on the pictures of --eval, and of the generator; every picture by its own seed, whatever the ranks."""
     pictures, C = Pictures(args.eval, model.pixels), model.mixer.classes if model.mixer else 0
     text = model.mixer is not None and bool(model.mixer.cross)
+    if model.pixels < 16:
+        raise UserError(f"--eval: SSIM and LPIPS need pictures of at least 16 pixels, and this checkpoint makes {model.pixels}")
     if text and model.text is None:
         raise UserError("--eval: the checkpoint was trained on features made beforehand, and has no encoder for the captions")
     if text and not pictures.texts:
         raise UserError(f"--eval {args.eval}: the checkpoint takes text, and these pictures have no captions")
     net = fid.load_inception(args.inception, args.resize, ranks.device)
-    lpips = fid.LPIPS(args.vgg, args.lpips).to(ranks.device) if args.vgg and args.lpips else None
-    clip = ClipScore(args.clip, args.bpe, ranks.device) if args.clip and args.bpe and text else None
-    real, recon, made, pairs, cosine = (fid.Statistics(n) for n in (2048, 2048, 2048, 3, 1))
-    count, bins = args.num or len(pictures), Bins(ranks.device)
+    reference = fid.read_statistics(args.reference) if args.reference else None
+    lpips = fid.LPIPS(args.vgg, args.lpips).to(ranks.device) if args.vgg else None
+    clip = ClipScore(args.clip, args.bpe, ranks.device) if args.clip and text else None
+    real, recon, made = (fid.Statistics(2048, args.resize, net.inception) for _ in range(3))
+    if reference:
+        fid.compare(reference, real)
+    pairs, cosine, bins = fid.Statistics(3), fid.Statistics(1), Bins(ranks.device)
+    count, order = args.num or len(pictures), np.arange(len(pictures))
+    if count < len(pictures):  # a part of them is drawn from all, not from the first classes
+        order = np.random.default_rng(args.seed).permutation(len(pictures))
     shape = (model.decoder.config["channels"], *[model.decoder.config["size"]] * 2)
     labels = torch.randint(max(C, 1), (count,), generator=torch.Generator().manual_seed(args.seed)) if args.labels == "random" else torch.arange(count) % max(C, 1)
     mine = list(range(ranks.rank, count, ranks.world))
     for at in tqdm(range(0, len(mine), args.batch), desc="eval", unit_scale=args.batch, disable=not ranks.main, dynamic_ncols=True):
         chunk = mine[at:at + args.batch]
         noise = noise_for([args.seed + i for i in chunk], shape, ranks.device)
-        here = [i for i in chunk if i < len(pictures)]
-        captions = [pictures.captions(i % len(pictures))[0] for i in chunk] if text else None
+        here = [int(order[i]) for i in chunk if i < len(pictures)]
+        captions = [caption_of(pictures, int(order[i % len(pictures)]), i // len(pictures)) for i in chunk] if text else None
         features = model.prompts(captions) if text else (None, None)
         if here:
             x = torch.stack([pictures.read(i) for i in here]).to(ranks.device)                     # uint8 (b,3,S,S)
@@ -305,7 +311,7 @@ def evaluate(args, model, ranks):
             keep(args.save, "reconstructed", here, y)
         if model.mixer is None:
             continue
-        start = noise_for([args.seed + i for i in chunk], (model.mixer.K, model.mixer.D), ranks.device)
+        start = noise_for([args.seed + i for i in chunk], (model.mixer.K, model.mixer.D), ranks.device, mixer=True)
         classes = labels[chunk].to(ranks.device) if not text else None
         if here:  # the loss of Eq. 1 on these tokens, in eight segments of t
             t, n = torch.tensor([((i * 0.6180339887) % 1) for i in here], device=ranks.device), len(here)
@@ -322,18 +328,24 @@ def evaluate(args, model, ranks):
     losses = bins.read(ranks)
     if not ranks.main:
         return
-    how = {"preprocessing": args.resize, "weights": net.inception}
-    rows = [fid.record("rFID", fid.fid(real, recon), real.n, recon.n, args.eval, **how)]
-    rows += [fid.record(metric, value, pairs.n, pairs.n, args.eval) for metric, value in zip(("PSNR", "SSIM", "LPIPS"), pairs.mu) if value == value]
+    how, digest = {"preprocessing": args.resize, "weights": net.inception}, fid.sha256(args.eval)
+    rows = [fid.record("rFID", fid.fid(real, recon), real.n, recon.n, args.eval, **how, digest=digest)]
+    rows += [fid.record(metric, value, pairs.n, pairs.n, args.eval, digest=digest) for metric, value in zip(("PSNR", "SSIM", "LPIPS"), pairs.mu) if value == value]
     if model.mixer is not None:
-        reference = fid.read_statistics(args.reference) if args.reference else real
-        rows.append(fid.record("gFID", fid.fid(reference, made), reference.n, made.n, args.reference or args.eval, **how))
+        side, path, digest_of = (reference, args.reference, None) if reference else (real, args.eval, digest)
+        rows.append(fid.record("gFID", fid.fid(side, made), side.n, made.n, path, **how, digest=digest_of))
         print("loss of Eq. 1 in eight segments of t:", " ".join("-" if v is None else f"{v:.4f}" for v in losses))
     if clip:
-        rows.append(fid.record("CLIP score", 100 * cosine.mu[0], cosine.n, cosine.n, args.eval, weights=fid.sha256(args.clip)))
+        rows.append(fid.record("CLIP score", 100 * cosine.mu[0], cosine.n, cosine.n, args.eval, weights=fid.sha256(tok.weight_file(args.clip)), digest=digest))
         print(f"CLIPScore (2.5 max(cos, 0)): {2.5 * max(cosine.mu[0], 0):.4f}")
     if args.json:
         fid.write_file(args.json, lambda f: f.write(json.dumps(rows, indent=1).encode()))
+
+
+def caption_of(pictures, i, round):
+    """Caption number `round` of picture i, and from the first again where it has fewer."""
+    captions = pictures.captions(i)
+    return captions[round % len(captions)]
 
 
 def keep(folder, kind, numbers, images):
@@ -361,8 +373,8 @@ def load_images(paths, pixels):
 def main():
     """The command line: load, then score, export, or draw one picture. Raises UserError."""
     args = options()
-    if Path(args.out).parent != Path(".") and not Path(args.out).parent.is_dir():
-        raise UserError(f"--out {args.out}: no folder {Path(args.out).parent}; make it first")
+    if not Path(args.out).parent.is_dir() or Path(args.out).is_dir():
+        raise UserError(f"--out {args.out}: not the path of a picture in a folder that is there")
     ranks = Ranks(args.device)
     model = RepTok.load(args.ckpt, ranks.device)
     if args.eval:
@@ -383,11 +395,11 @@ def main():
     else:
         if model.mixer is None:
             raise UserError(f"--ckpt {args.ckpt}: a checkpoint of stage 1, which cannot generate; give a stage2.pt, or use --reconstruct")
-        conditions = wanted(model, args)  # classes (B,) or text (B,L,C) and mask (B,L), each once
+        conditions = conditions_of(model, args)  # classes (B,) or text (B,L,C) and mask (B,L), each once
         conditions = {k: u.repeat_interleave(args.per_class, 0) for k, u in conditions.items()}
         count = len(next(iter(conditions.values())))
         z = model.generate(steps=args.steps, cfg=args.cfg, cfg_interval=args.cfg_interval,
-                           noise=noise_for(seeds(count), (model.mixer.K, model.mixer.D), "cpu"), **conditions)
+                           noise=noise_for(seeds(count), (model.mixer.K, model.mixer.D), "cpu", mixer=True), **conditions)
         rows = model.decode(z, args.steps, noise(len(z))).split(args.per_class)
     save_picture(grid(rows), args.out)
     print(f"{args.out}: {len(rows)} x {len(rows[0])} pictures")
@@ -449,7 +461,7 @@ def released(content, path):
                               shape["mapping.in_proj.weight"][0], shape["token_fc.weight"][1])
         tok.fit(decoder, named, path, "the authors' decoder")
         net = under(tensors, "ema_model.net.") or under(tensors, "model.net.")
-        net = {k: v.squeeze(-1) if re.search(r"\.0\.fn\.\d\.weight", k) else v for k, v in tok.rename({k: v for k, v in net.items()}, MIXER[:1]).items()}
+        net = {k: v.squeeze(-1) if re.search(r"\.0\.fn\.\d\.weight", k) else v for k, v in tok.rename(net, MIXER[:1]).items()}
         last = max(int(k.split(".")[1]) for k in net if k.startswith("mixer."))                    # 0, layers, norm, last
         table = [*MIXER, (rf"^mixer\.{last - 1}\.", "norm."), (rf"^mixer\.{last}\.", "proj_out.")]
         net = {re.sub(r"^layers\.(\d+)", lambda m: f"layers.{int(m[1]) - 1}", k): v for k, v in tok.rename(net, table).items()}

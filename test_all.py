@@ -206,6 +206,19 @@ def test_decoder_batch_invariance_time_and_rectangles():
         dec.Decoder(size=30, patch=4)
 
 
+def test_checkpointing_gives_the_same_gradients():
+    t, d, grads = tok.Tokenizer(tiny_vit()), busy(dec.Decoder(3, 16, token_dim=32, **TINY)), []
+    x, s = torch.rand(2, 3, 16, 16), torch.rand(2)
+    for on in (False, True):
+        calls, t.vit.checkpointing, d.checkpointing = [], on, on
+        hooks = [block.register_forward_pre_hook(lambda *_: calls.append(1)) for block in (t.vit.blocks[0], d.blocks[0])]
+        d(x, s, t(x)).square().mean().backward()
+        grads.append([p.grad for p in (t.embedding, *d.parameters())])
+        t.embedding.grad, _ = None, [d.zero_grad(), [hook.remove() for hook in hooks]]
+        assert len(calls) == 2 + 2 * on  # each block runs twice
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads))
+
+
 def test_multi_token_decoder_tells_tokens_apart():
     d = busy(dec.Decoder(3, 16, token_dim=24, K=3, **TINY))
     x, z = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 24)
@@ -568,10 +581,10 @@ def test_the_authors_checkpoint(tmp_path):
     """Encoder, decoder, Mixer and guidance of the authors' own code, through a file of their layout (theirs runs time backwards)."""
     state = official(released_shapes(), salt="a:") | {"metric_tracker.other": torch.ones(3)}
     config = {"first_stage_cfg": {"_content": {"params": {"_content": {"scale_factor": {"_val": 1.3}}}}}, "other": {"scale_factor": 0.18215}}
-    torch.save({"state_dict": state, "hyper_parameters": config, "epoch": 1}, tmp_path / "a.ckpt")
+    torch.save({"state_dict": state, "hyper_parameters": config, "epoch": 1}, tmp_path / "a.pt")  # the ending says nothing
     del state
-    model = RepTok.load(tmp_path / "a.ckpt")
-    (tmp_path / "a.ckpt").unlink()
+    model = RepTok.load(tmp_path / "a.pt")
+    (tmp_path / "a.pt").unlink()
     near(model.encode(signed(picture("a:reptok-375x500", 1, 375, 500)))[0, 0, :3], [.0541501, .3860424, .5609152])
     z = model.encode(signed(picture("a:reptok-256", 2, 256, 256)))
     x, n = uniform("a:noise", (2, 4, 32, 32)), uniform("a:latent-noise", (4, 1, 768))
@@ -638,6 +651,10 @@ def test_samples_do_not_depend_on_the_batch(trained):
     z = model.generate(classes, steps=3, cfg=1.5)
     assert torch.allclose(z[:3], model.generate(classes[:3], steps=3, cfg=1.5), atol=1e-5)
     assert torch.allclose(model.decode(z, steps=3)[:3], model.decode(z[:3], steps=3), atol=1e-5)
+    own, other = (one.noise_for(range(10), (1, 128), "cpu", mixer) for mixer in (True, False))  # the decoder starts from other numbers
+    assert torch.equal(model.generate(classes, steps=3, noise=own), model.generate(classes, steps=3)) and (own - other).abs().mean() > 0.5
+    with pytest.raises(tok.UserError, match="classes"):
+        model.generate()
 
 
 def test_sample_commands(trained, tmp_path):
@@ -702,6 +719,11 @@ def test_bad_input(trained, tmp_path, monkeypatch, capsys):
             ("train_stage1.py", ["--size", "S", *data], "--vae"),
             ("train_stage1.py", ["--pixels", 18, *data], "patches"), ("train_stage1.py", ["--encoder", tmp_path / "text.png", *data], "text.png"),
             ("train_stage1.py", ["--token", "reg", "--registers", 0, *data], "--token reg"), ("train_stage1.py", ["--token", "reg", "--reg-index", 4, "--encoder", prior, *data], "--reg-index"), ("train_stage1.py", ["--batch", 9, "--accumulate", 2], "--batch"),
+            ("train_stage1.py", ["--lr", "fast"], "--lr"), ("train_stage1.py", ["--lam", "inf"], "--lam"), ("train_stage1.py", ["--init", ckpt, "--bench"], "--bench"),
+            ("train_stage1.py", ["--prior", "labels", "--data", trained / "data" / "3"], "--prior labels"), ("train_stage2.py", ["--clip", "a.pt"], "--captions"),
+            *([] if torch.cuda.is_available() else [("sample.py", ["--ckpt", ckpt, "--device", "cuda"], "--device cuda")]),
+            ("train_stage1.py", ["--encoder", "random", "--lam", 1], "--lam"), ("train_stage2.py", ["--captions", *data], "--data"),
+            ("sample.py", ["--ckpt", ckpt, "--out", tmp_path], "--out"), ("sample.py", ["--ckpt", ckpt, "--reconstruct", tmp_path / "gone.png"], "gone.png"), ("train_stage1.py", ["--write-data", tmp_path / "text.png"], "--write-data"),
             ("train_stage2.py", [], "stage1.pt"), ("train_stage2.py", ["--stage1", prior], "prior"),
             ("train_stage2.py", ["--stage1", tmp_path / "half.pt"], "half.pt"), ("sample.py", [], "--ckpt"),
             ("sample.py", ["--ckpt", ckpt, "--classes", "eleven"], "eleven"), ("sample.py", ["--ckpt", ckpt, "--classes", "10"], "10"),
@@ -710,6 +732,11 @@ def test_bad_input(trained, tmp_path, monkeypatch, capsys):
             ("sample.py", ["--ckpt", ckpt, "--eval", trained / "data", "--vgg", "a.pth"], "--lpips"), ("sample.py", ["--ckpt", ckpt, "--out", tmp_path / "gone" / "a.png"], "--out")]:
         assert says in refusal(script, [*args, *([] if script == "sample.py" else out)], monkeypatch, capsys)
     assert not list(tmp_path.glob("new/*.pt"))
+    (tmp_path / "exported").mkdir()
+    command("sample.py", "--ckpt", trained / "out" / "stage1.pt", "--export", tmp_path / "exported" / "stage1.pt")
+    assert "an export" in refusal("train_stage1.py", ["--data", trained / "data", "--out", tmp_path / "exported"], monkeypatch, capsys)
+    monkeypatch.setattr(sample, "main", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")))
+    assert "--accumulate" in refusal("sample.py", [], monkeypatch, capsys)
     assert "--ckpt" in command("sample.py", ok=False)  # and as a process
 
 
@@ -745,6 +772,43 @@ def test_fine_tuning_from_a_checkpoint(trained, tmp_path):
         assert 0 < (was - now).abs().max() < 0.1
 
 
+def test_pictures_without_classes_and_a_token_that_rests(trained, tmp_path):
+    """A flat folder trains and samples without classes; --token-lr scales the embedding's learning rate alone."""
+    data, out = ["--data", trained / "data" / "3"], ["--out", tmp_path]
+    command("train_stage1.py", *data, *out, *QUICK1, "--batch", 2, "--encoder", trained / "out" / "prior.pt", "--token-lr", 0)
+    content, prior = one.load_checkpoint(tmp_path / "stage1.pt", ["stage1"]), one.encoder(trained / "out" / "prior.pt")
+    assert torch.equal(content["tokenizer"]["state"]["embedding"], prior.cls_token) and content["decoder"]["state"]["patch_out.weight"].abs().max() > 0
+    command("train_stage2.py", *data, *out, *QUICK2, "--batch", 2)
+    assert RepTok.load(tmp_path / "stage2.pt").mixer.label is None
+    command("sample.py", "--ckpt", tmp_path / "stage2.pt", "--per-class", 3, "--steps", 2, "--out", tmp_path / "s.png")
+    assert Image.open(tmp_path / "s.png").size == (3 * 64, 64)
+
+
+def test_size_is_that_of_the_checkpoint():
+    args = lambda: one.argparse.Namespace(size=None, steps=None, lr=7.0)
+    for size, steps in (("nano", 1200), ("S", 1_000_000), ("XL", 1_000_000)):
+        with torch.device("meta"):
+            decoder = dec.Decoder(**{**one.SIZES[size]["decoder"], "depth": 0})
+        one.complete(a := args(), one.PAPER, one.NANO, decoder)
+        assert (a.size, a.steps, a.lr) == (size, steps, 7.0)
+    with pytest.raises(tok.UserError, match="--size"):
+        one.complete(args(), one.PAPER, one.NANO, dec.Decoder(width=64, depth=0, heads=8))
+
+
+@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py"])
+def test_bench(script, monkeypatch, capsys):
+    """GMACs as the layers' shapes give them: the Mixer's linear layers, a multiply-accumulate a weight and token."""
+    monkeypatch.setattr(one, "median_ms", lambda function, device: (function(), 10.0)[1])
+    monkeypatch.setattr(sys, "argv", [script, "--bench", "--batch", "4", "--device", "cpu"])
+    one.guarded(sys.modules[script[:-3]].main)
+    rows = {line[:34].strip(): line[34:].split() for line in capsys.readouterr().out.splitlines()[3:]}
+    if script == "train_stage2.py":
+        m = mix.Mixer(1, 128, **one.SIZES["nano"]["mixer"], classes=10)
+        macs = 128 * 256 + 128**2 + 3 * 128 * 192 + 192 * 128 + sum(192 * l.tokens.up.weight.numel() * 2 + 3 * l.channels.up.weight.numel() * 2 for l in m.layers)
+        assert rows["Mixer"][:2] == ["10.0", "400.00"] and abs(float(rows["Mixer"][2]) - macs / 1e9) < 1e-3
+    assert len(rows) == 2 + (script == "train_stage1.py") and all(float(row[2]) > 0 for row in rows.values())
+
+
 def test_class_folders(tmp_path):
     """Top folders are classes, sorted; a folder around all of them does not count; pictures beside folders mean none."""
     files = {"b/x/1.png": 1, "a/2.png": 0, "c/3.png": 2}
@@ -759,7 +823,21 @@ def test_class_folders(tmp_path):
             p = one.Pictures(str(source), 16)
             assert p.classes == ["a", "b", "c"] and {n[len(root) if str(source).endswith("zip") else 0:]: int(l) for n, l in zip(p.names, p.labels)} == files
             assert torch.equal(p[0][0], torch.full((3, 16, 16), 77, dtype=torch.uint8))
+        if not root:
+            with tarfile.open(tmp_path / "0.tar", "w") as shard:
+                shard.add(tmp_path / "f", ".")
+            (tmp_path / "shards").mkdir()
+            (tmp_path / "0.tar").rename(tmp_path / "shards" / "0.tar")
+            (tmp_path / "f" / "a" / "2.json").write_text("{}")  # what lies beside a picture takes no class away
+            for source in (tmp_path / "shards", tmp_path / "f"):
+                assert one.Pictures(str(source), 16).classes == ["a", "b", "c"]
         shutil.rmtree(tmp_path / "f")
+    prints = set()
+    for data in (b"one", b"two"):
+        with zipfile.ZipFile(tmp_path / "z.zip", "w") as z:
+            z.writestr("1.png", data)
+        prints.add(one.Pictures(str(tmp_path / "z.zip"), 16).fingerprint)
+    assert len(prints) == 2  # other pictures of the same names
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "flat" / "1.png")
     assert one.Pictures(str(tmp_path / "flat"), 16).classes == []
@@ -799,16 +877,16 @@ def test_killed_and_continued_equals_never_stopped(trained, tmp_path, script, wo
     stage, results = script[6:12], {}
     for name in ("whole", "killed"):
         out = tmp_path / name
-        args = ["--data", trained / "data", "--out", out, "--steps", 30, "--batch", 8, "--log-every", 1, "--save-every", 3, "--device", "cpu",
+        args = ["--data", trained / "data", "--out", out, "--steps", 18, "--batch", 8, "--log-every", 1, "--save-every", 3, "--device", "cpu",
                 *(["--encoder", trained / "out" / "prior.pt"] if stage == "stage1" else ["--stage1", trained / "out" / "stage1.pt"])]
         if name == "killed":
-            stop_at(launch(script, *args, world=world), out / f"{stage}.jsonl", 8, signal.SIGKILL)
-            assert not (out / f"{stage}.pt").exists() or one.load_checkpoint(out / f"{stage}.pt", [stage])["step"] < 30
+            stop_at(launch(script, *args, world=world), out / f"{stage}.jsonl", 5, signal.SIGKILL)
+            assert not (out / f"{stage}.pt").exists() or one.load_checkpoint(out / f"{stage}.pt", [stage])["step"] < 18
         done = launch(script, *args, world=world)
         output = done.communicate(timeout=200)
         assert done.returncode == 0, output
         results[name] = losses(out / f"{stage}.jsonl")
-    assert results["whole"] == results["killed"] and len(results["whole"]) == 30
+    assert results["whole"] == results["killed"] and len(results["whole"]) == 18
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the process in /proc")
@@ -927,9 +1005,14 @@ def test_cache_is_what_the_networks_give(trained, small_vae, tmp_path):
     for view, image in enumerate((x, x.flip(-1))):
         for name, value in zip(("mean", "logvar", "prior"), (*vae.posterior(image), tok.Tokenizer(vit).prior(image))):
             assert np.abs(rows[name][7, view] - value[0].detach().numpy()).max() < 1e-3 * value.abs().max(), name
+    args = one.argparse.Namespace(out=tmp_path, flip=True, dtype="float32", workers=0, max_bad=0.0)
+    for token, reg in (("cls", 0), ("reg", 0), ("reg", 1)):  # one folder, other tokens
+        net = one.Stage1(tok.Tokenizer(vit, token, reg), dec.Decoder(4, 8, token_dim=128, **TINY))
+        *_, prior = one.cached_targets(args, net, vae, pictures, one.Ranks("cpu"))(None, torch.tensor([7]), torch.tensor([False]))
+        assert torch.allclose(prior, net.tokenizer.prior(x), atol=5e-3)
 
 
-def test_a_stopped_pass_goes_on(trained, tmp_path):
+def test_a_stopped_pass_goes_on(trained, tmp_path, monkeypatch):
     """Records that are done are not made again; the others are."""
     pictures, made = one.Pictures(str(trained / "data"), 16), []
     args, ranks = one.argparse.Namespace(flip=False, workers=0, max_bad=0.0, dtype="float32"), one.Ranks("cpu")
@@ -943,6 +1026,14 @@ def test_a_stopped_pass_goes_on(trained, tmp_path):
     assert sum(made) == 80 and np.array_equal(again, whole)  # 40 pictures are one chunk
     again = one.computed_once(tmp_path / "a.npy", [("mean", (1,))], pictures, ranks, args, compute)
     assert sum(made) == 80
+    def full(path, mode="r", *args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(tok.UserError, match="c.npy.*No space"):
+        patch.setattr(one, "open", full, raising=False)
+        one.computed_once(tmp_path / "c.npy", [("mean", (1,))], pictures, ranks, args, compute)
+    (tmp_path / "c.npy").write_bytes(b"")
+    assert np.array_equal(one.computed_once(tmp_path / "c.npy", [("mean", (1,))], pictures, ranks, args, compute), whole)
     with pytest.raises(tok.UserError, match="float16"):
         one.computed_once(tmp_path / "b.npy", [("mean", (1,))], pictures, ranks, args, lambda x: [x[:, 0, 0, :1] + 1e6])
 
@@ -1170,12 +1261,20 @@ def test_text_to_image_commands(trained, tmp_path, monkeypatch, capsys):
     write_pairs(tmp_path)
     stage1 = ["--stage1", trained / "out" / "stage1.pt"]
     command("train_stage2.py", "--captions", tmp_path / "shards", "--out", tmp_path / "words", *stage1, *QUICK2)
-    ckpt = tmp_path / "words" / "stage2.pt"
+    ckpt, whole = tmp_path / "words" / "stage2.pt", losses(tmp_path / "words" / "stage2.jsonl")
+    ckpt.unlink()  # goes on from the one before it, of step 3: Mixer and text encoder
+    command("train_stage2.py", "--captions", tmp_path / "shards", "--out", tmp_path / "words", *stage1, *QUICK2)
+    assert losses(tmp_path / "words" / "stage2.jsonl") == whole and len(whole) == 6
+    (tmp_path / "prompts.txt").write_text("a red 7\n\non black, a grey 3\n")
+    command("sample.py", "--ckpt", ckpt, "--prompts", tmp_path / "prompts.txt", "--per-class", 2, "--steps", 2, "--out", tmp_path / "p.png")
+    assert Image.open(tmp_path / "p.png").size == (2 * 64, 2 * 64)
     command("sample.py", "--ckpt", ckpt, "--prompt", "a red 7 on white", "--prompt", "on black, a grey 3", "--per-class", 3, "--steps", 2, "--cfg", 3,
             "--out", tmp_path / "p.png")
     assert Image.open(tmp_path / "p.png").size == (3 * 64, 2 * 64)
     assert fid.sha256(tmp_path / "shards") != fid.sha256(tmp_path / "pairs")  # a folder of shards is a reference too
-    for args, says in ((["--ckpt", ckpt], "--prompt"), (["--ckpt", ckpt, "--prompt", " "], "--prompt"), (["--ckpt", trained / "out" / "stage2.pt", "--prompt", "x"], "no text")):
+    for args, says in ((["--ckpt", ckpt], "--prompt"), (["--ckpt", ckpt, "--prompt", " "], "--prompt"), (["--ckpt", trained / "out" / "stage2.pt", "--prompt", "x"], "no text"),
+                       (["--ckpt", ckpt, "--prompts", tmp_path / "gone.txt"], "--prompts"), (["--ckpt", ckpt, "--prompt", "x", "--classes", 3], "--classes"),
+                       (["--ckpt", ckpt, "--eval", trained / "data"], "no captions")):
         assert says in refusal("sample.py", args, monkeypatch, capsys)
     for i in range(12):
         np.savez(tmp_path / "pairs" / f"{i:02d}.npz", features=np.random.randn(3 + i % 2, 6).astype(np.float16), mask=np.ones(3 + i % 2, bool))
@@ -1186,8 +1285,14 @@ def test_text_to_image_commands(trained, tmp_path, monkeypatch, capsys):
         command("train_stage2.py", "--captions", tmp_path / source, "--out", tmp_path / out, *stage1, *QUICK2)
     assert losses(tmp_path / "made" / "stage2.jsonl") == losses(tmp_path / "tarred" / "stage2.jsonl")
     command("sample.py", "--ckpt", tmp_path / "made" / "stage2.pt", "--features", tmp_path / "pairs" / "00.npz", "--steps", 2, "--out", tmp_path / "f.png")
+    np.savez(tmp_path / "padded.npz", features=np.ones((5, 6)), mask=np.arange(5) < 2)
+    args = one.argparse.Namespace(prompt=None, prompts=None, features=[tmp_path / "pairs" / "00.npz", tmp_path / "padded.npz"], classes=None)
+    got = sample.conditions_of(RepTok.load(tmp_path / "made" / "stage2.pt"), args)
+    assert got["text"].shape == (2, 5, 6) and got["mask"].tolist() == [[True] * 3 + [False] * 2, [True] * 2 + [False] * 3]
     assert "no text encoder" in refusal("sample.py", ["--ckpt", tmp_path / "made" / "stage2.pt", "--prompt", "x"], monkeypatch, capsys)
     np.savez(tmp_path / "pairs" / "05.npz", features=np.zeros((3, 7), np.float16))
+    for file, says in (("05.npz", "(L,6)"), ("05.txt", "not an .npz")):
+        assert says in refusal("sample.py", ["--ckpt", tmp_path / "made" / "stage2.pt", "--features", tmp_path / "pairs" / file], monkeypatch, capsys)
     assert "width" in refusal("train_stage2.py", ["--captions", tmp_path / "pairs", "--out", tmp_path / "wide", *stage1, *QUICK2], monkeypatch, capsys)
 
 
@@ -1904,7 +2009,7 @@ def test_broken_files_of_every_kind(tmp_path):
 # ---- sample.py --eval and the README
 
 
-def test_eval_is_the_same_on_two_ranks(trained, inception, tmp_path):
+def test_eval_is_the_same_on_two_ranks(trained, inception, tmp_path, monkeypatch, capsys):
     """Scores of one process and of two; FID against the same pictures written out and scored by fid.py."""
     args = ["--ckpt", trained / "out" / "stage2.pt", "--eval", trained / "data", "--num", 12, "--steps", 2, "--inception", inception, "--batch", 5, "--device", "cpu"]
     scores = {}
@@ -1918,13 +2023,16 @@ def test_eval_is_the_same_on_two_ranks(trained, inception, tmp_path):
         assert abs(row["value"] - scores[2][metric]["value"]) < 1e-5 * max(1, abs(row["value"])), metric
         assert row["n_fake"] == 12 and row["reference_sha256"]
     assert len(list((tmp_path / "kept1" / "generated").iterdir())) == 12
-    pictures = one.Pictures(str(trained / "data"), 16)
-    for i in range(12):
+    pictures, drawn = one.Pictures(str(trained / "data"), 16), {int(path.stem) for path in (tmp_path / "kept1" / "reconstructed").iterdir()}
+    assert len(drawn) == 12 and max(drawn) >= 12  # of all 40, not the first
+    for i in drawn:
         Image.fromarray(pictures.read(i).permute(1, 2, 0).numpy()).save(tmp_path / f"{i:06d}.png")
     (tmp_path / "real").mkdir()
     for path in tmp_path.glob("0*.png"):
         path.rename(tmp_path / "real" / path.name)
     net = fid.load_inception(inception)
+    np.savez(tmp_path / "tf1.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=9, resize="tf1")
+    assert "do not compare" in refusal("sample.py", [*args, "--reference", tmp_path / "tf1.npz"], monkeypatch, capsys)
     again = fid.fid(fid.measure(str(tmp_path / "real"), net), fid.measure(str(tmp_path / "kept1" / "reconstructed"), net))
     assert abs(again - scores[1]["rFID"]["value"]) < 1e-4 * again
 
@@ -1933,10 +2041,12 @@ README = (HERE / "README.md").read_text()
 
 
 def readme_commands(text):
-    """(script, its options) of every command in bash blocks, the variable of a shell loop standing for its first value."""
-    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
-        for name, value in re.findall(r"for (\w+) in (\S+)", block):
-            block = block.replace(f"${name}", value)
+    """(script, its options) of every command in bash blocks; NAME="..." stands for its value, a variable of a shell loop for its first."""
+    names = dict(re.findall(r'(?m)^(\w+)="(.*)"$', text))
+    for block in re.findall(r"```bash\n(.*?)```", re.sub(r'(?m)^\w+=".*"$', "", text), re.S):
+        for name, value in {**names, **dict(re.findall(r"for (\w+) in (\S+)", block))}.items():
+            block = re.sub(rf"\${name}\b", value, block)
+        assert "$" not in block, block
         for script, line in re.findall(r"(train_stage1|train_stage2|sample|fid|test_all)\.py( [^\n;&|#]*)?", block):
             if "pytest" not in block.split(f"{script}.py{line}")[0].split("\n")[-1]:
                 yield script, shlex.split(line)

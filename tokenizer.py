@@ -172,7 +172,8 @@ class Tokenizer(nn.Module):
     """RepTok's encoder: the frozen ViT, with the input embedding of its K read-out tokens trained.
 
     token:    "cls" (the class token, K=1, the paper's), "reg" (register number `reg_index`, K=1) or "all" (K=1+R).
-    unfreeze: "token" (the paper's), "none" (its frozen ablation) or "all" (every weight; its random and unfrozen ablations).
+    unfreeze: "token" (the paper's), "none" (its frozen ablation) or "all" (every weight but the embeddings of unread tokens; its
+              random and unfrozen ablations).
     Raises UserError where `token` needs registers and the ViT has none.
     """
 
@@ -531,7 +532,7 @@ def vit_from(tensors, path):
     return fit(vit, tensors, path, "an image encoder (DINOv2, MAE or CLIP)").requires_grad_(False)
 
 
-PUBLISHED = {  # name: address; --encoder takes either the name or a path
+PUBLISHED = {  # name: address; --encoder and --clip take either the name or a path
     "dinov2_vitb14": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
     "dinov2_vitb14_reg": "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
     "mae_vitb16": "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth",
@@ -710,7 +711,8 @@ NOT_TEXT = r"^(visual|vision_model|visual_projection)\.|(position_ids|attn_mask)
 
 
 def load_text_encoder(path):
-    """CLIP's text tower, frozen: OpenAI's archive or state dict, or Hugging Face's CLIPModel. Raises UserError."""
+    """CLIP's text tower, frozen, by path or a name of PUBLISHED: OpenAI's archive or state dict, or Hugging Face's CLIPModel. Raises UserError."""
+    path = weight_file(path)
     tensors = rename({k: v for k, v in read_tensors(path).items() if not re.search(NOT_TEXT, k)}, CLIP_TEXT)
     if "text_projection.weight" in tensors and tensors["text_projection.weight"].ndim == 2:  # a Linear's; square in B/16, where a missed transpose would load
         tensors["text_projection"] = tensors.pop("text_projection.weight").t().contiguous()
@@ -757,10 +759,14 @@ class WordEncoder(nn.Module):
             ids[i, :len(row)] = torch.tensor(row)
         return ids
 
+    def mask(self, ids):
+        """Where words stand, (B,L) bool."""
+        return ids > 0
+
     def forward(self, ids):
-        x, mask = self.embedding(ids) + self.position[:ids.shape[1]], (ids > 0)                    # (B,L,C)
+        x = self.embedding(ids) + self.position[:ids.shape[1]]                                     # (B,L,C)
         for block in self.blocks:
-            x = block(x, mask=mask[:, None, None])
+            x = block(x, mask=self.mask(ids)[:, None, None])
         return self.norm(x)
 
 
@@ -782,11 +788,10 @@ class ClipText(nn.Module):
         ids = self.bpe(captions)
         return ids[:, :1 + ids.argmax(1).max()]  # nothing after the last end token
 
+    def mask(self, ids):
+        """What stands up to the end token, (B,L) bool."""
+        return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True)
+
     @torch.no_grad()
     def forward(self, ids):
         return self.tower(ids)
-
-
-def text_mask(ids, clip):
-    """Where real words stand, (B,L) bool: up to the end token of CLIP, the non-zero ids of a WordEncoder."""
-    return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True) if clip else ids > 0

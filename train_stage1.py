@@ -81,12 +81,13 @@ def cached_targets(args, stage1, vae, pictures, ranks):
     tokenizer, config = stage1.tokenizer, stage1.decoder.config
     latent = (config["channels"], config["size"], config["size"])
     fields = [("mean", latent), ("logvar", latent), ("prior", (tokenizer.K, tokenizer.width))]
-    path = Path(args.out, f"cache-{fingerprint(pictures, args.flip, tokenizer.original or tokenizer.vit, vae)[:12]}.npy")
+    digest = fingerprint(pictures, f"{args.flip} {tokenizer.index.tolist()}", tokenizer.original or tokenizer.vit, vae)
+    path = Path(args.out, f"cache-{args.dtype}-{digest[:12]}.npy")
     rows = computed_once(path, fields, pictures, ranks, args, lambda x: frozen_targets(stage1, vae, x))
 
     def targets(x, indices, mirror):
         found = rows[indices.numpy()]
-        views = [torch.from_numpy(np.ascontiguousarray(found[name])) for name, _ in fields]        # each (b,V,...)
+        views = [torch.from_numpy(found[name].copy()) for name, _ in fields]        # each (b,V,...)
         views = [(u.pin_memory() if ranks.device.type == "cuda" else u).to(ranks.device, non_blocking=True).float() for u in views]
         return [u[torch.arange(len(u), device=u.device), mirror.long()] for u in views]
 
@@ -104,8 +105,9 @@ def main():
         return bench(args, ranks)
     parts = None
     if args.init:
-        parts, args.pixels = initial(RepTok.load(args.init))
-        complete(args, PAPER, NANO, parts[1])
+        begun = initial(RepTok.load(args.init))
+        args.pixels, parts = begun.pixels, (begun.tokenizer, begun.decoder, begun.vae)
+        complete(args, PAPER, NANO, begun.decoder)
     ranks.divide(args)
     out = Path(args.out, "stage1.pt")
     pictures = Pictures(args.data, args.pixels, args.seed)
@@ -121,12 +123,13 @@ def main():
         x = torch.stack([pictures[i][0] for i in range(min(10, len(pictures)))]).float() / 127.5 - 1
         return grid([x, model.decode(model.encode(x), steps=20)])
 
-    run = Run(out, stage1, args, ranks, last, pictures, pictures.fingerprint, model.parts, picture, {"tokenizer.embedding": args.token_lr})
     targets = cached_targets(args, stage1, vae, pictures, ranks) if args.cache else lambda x, i, m: frozen_targets(stage1, vae, x)
+    run = Run(out, stage1, args, ranks, last, pictures, pictures.fingerprint, model.parts, picture, {"tokenizer.embedding": args.token_lr})
+    del last  # at XL, ten gigabytes
 
-    def losses(x, indices, mirror, t, noise, posterior):
+    def losses(t, indices, x, mirror, noise, vae_noise):
         mean, logvar, prior = targets(x, indices, mirror)                                          # (b,C,h,w) twice, (b,K,D)
-        flow, cosine = run.model(x, vae.sample(mean, logvar, posterior), t, noise, prior)          # Eq. 1 and 2; Eq. 3
+        flow, cosine = run.model(x, vae.sample(mean, logvar, vae_noise), t, noise, prior)          # Eq. 1 and 2; Eq. 3
         return {"loss": flow + args.lam * cosine, "flow": flow, "cosine": cosine}
 
     shape = (args.batch, decoder.config["channels"], decoder.config["size"], decoder.config["size"])
@@ -135,10 +138,10 @@ def main():
         # drawn for the whole batch on every rank, so that ranks and accumulation do not change the sequence
         draw = generator(args.seed, step, 0, ranks.device)
         t = ranks.part(torch.sigmoid(torch.randn(args.batch, generator=draw, device=ranks.device) + args.t_mean))
-        noise, posterior = (ranks.part(torch.randn(shape, generator=draw, device=ranks.device)) for _ in range(2))
+        noise, vae_noise = (ranks.part(torch.randn(shape, generator=draw, device=ranks.device)) for _ in range(2))
         mirror = ranks.part(torch.rand(args.batch, generator=draw, device=ranks.device)) < 0.5 * args.flip
         x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
-        if run.step(step, losses, t, indices, x, indices, mirror, t, noise, posterior):
+        if run.step(step, losses, t, indices, x, mirror, noise, vae_noise):
             break
 
 
@@ -169,6 +172,7 @@ def options():
     for condition, why, names in (
             (args.init, "--init takes its networks from the checkpoint", ("encoder", "vae", "pixels", "unfreeze", "token", "reg_index",
                                                                                        "prior", "registers", "bench", "write_data")),
+            (args.encoder == "random", "a random encoder is trained whole, with lambda 0", ("unfreeze", "lam", "prior")),
             (args.encoder not in (None, "random") or args.size not in (None, "nano"), "this run trains no prior of its own", ("prior", "registers"))):
         for name in names:
             if condition and getattr(args, name) != p.get_default(name):
@@ -206,12 +210,12 @@ def build(args, pictures, ranks):
 
 
 def initial(model):
-    """Tokenizer, decoder and VAE of a loaded checkpoint, ours or the authors', ready to be trained on; and its pixels."""
+    """A loaded checkpoint, ours or the authors', ready to be trained on."""
     model.tokenizer.vit.requires_grad_(model.tokenizer.original is not None), model.decoder.requires_grad_(True)
     for p in (model.tokenizer.vit.cls_token, model.tokenizer.vit.register_tokens):
         p.requires_grad_(False)
     model.tokenizer.embedding.requires_grad_(model.tokenizer.config["unfreeze"] != "none")
-    return (model.tokenizer, model.decoder, model.vae), model.pixels
+    return model
 
 
 def encoder(path):
@@ -235,8 +239,6 @@ def new_vit(args):
     """An untrained ViT: nano's own, or DINOv2 ViT-B/14's shape with registers."""
     torch.manual_seed(args.seed)
     if args.size == "nano":
-        if args.pixels % 4:
-            raise UserError(f"--pixels {args.pixels} cannot be cut into nano's patches of 4x4; choose a multiple of 4")
         return ViT(pixels=args.pixels, grid=args.pixels // 4, hidden=256, registers=args.registers)
     return ViT(768, 12, 12, 3072, 14, 37, registers=4, layer_scale=True, pixels=224, mean=tok.IMAGENET[0], std=tok.IMAGENET[1])
 
@@ -270,13 +272,13 @@ def self_supervised(args, pictures, ranks):
     return encoder(str(path))
 
 
-def plausible(config, state, limit=4096):
+def plausible(config, state):
     """Raises ValueError unless settings read from a file are plain values of a size that its tensors have or a network could: a
     stranger's file must not decide how much memory and time is taken before its weights are seen."""
     sides = {n for t in state.values() for n in t.shape}
     for name, value in config.items():
         for v in value[:16] if isinstance(value, (list, tuple)) else [value]:
-            good = v is None or isinstance(v, bool) or isinstance(v, str) and len(v) < 20 or isinstance(v, (int, float)) and (0 <= v <= limit or {v, v + 1} & sides)
+            good = v is None or isinstance(v, bool) or isinstance(v, str) and len(v) < 20 or isinstance(v, (int, float)) and (0 <= v <= 4096 or {v, v + 1} & sides)
             if not good or isinstance(value, (list, tuple)) and len(value) > 16:
                 raise ValueError(f"{name} is no setting of its network")
     width, heads = config.get("width", 0), config.get("heads", 1)
@@ -301,7 +303,8 @@ def write_data(folder, count, seed, pixels):
 def bench(args, ranks):
     """--bench: this size's networks with random weights, and a training step."""
     torch.manual_seed(0)
-    nano, device, n = args.size == "nano", ranks.device, args.batch if args.size == "nano" or ranks.device.type == "cuda" else 2
+    nano, device = args.size == "nano", ranks.device
+    n = args.batch if nano else min(args.batch, 64 if device.type == "cuda" else 2)
     vae = PixelSpace() if nano else VAE().to(device, memory_format=torch.channels_last)
     tokenizer = Tokenizer(new_vit(args)).to(device)
     decoder = Decoder(**SIZES[args.size]["decoder"], channels=vae.channels, size=args.pixels // vae.factor, token_dim=tokenizer.width).to(device)
@@ -334,9 +337,9 @@ def bench(args, ranks):
 class Run:
     """What both trainers do around their losses: schedule, accumulation, AdamW, EMA, log, checkpoints, stopping.
 
-    out: the checkpoint's path; module: holds the parameters; last: the checkpoint that is gone on from, or None; content() gives what the
-    checkpoint holds beside settings and states, picture() what is drawn; `rates`: {parameter's name: factor on its learning rate}.
-    .model is the module as it is to be called, wrapped by DDP and --compile; .first the first step.
+    out: the checkpoint's path; module: holds the parameters; last: the checkpoint that is gone on from, or None; pictures: for their
+    names; digest: what --data is held against later; content() gives what the checkpoint holds beside settings and states, picture()
+    what is drawn; rates: {parameter's name: factor on its learning rate}. .model is the module as it is to be called, wrapped by DDP and --compile; .first the first step.
     """
 
     def __init__(self, out, module, args, ranks, last, pictures, digest, content, picture, rates={}):
@@ -360,9 +363,10 @@ class Run:
         self.log = Log(out.with_suffix(".jsonl"), ranks, self.first, args.steps, args.batch)
         self.bins, self.interruption = Bins(ranks.device), Interruption(ranks)
 
-    def step(self, step, losses, t, indices, *inputs):
-        """One optimizer step. losses(*piece of inputs) -> {"loss": (b,), what is minimised, and what it is made of}. Returns whether to stop."""
-        args, done = self.args, []
+    def step(self, step, losses, *inputs):
+        """One optimizer step; returns whether to stop. inputs: time t (B,), numbers of the pictures (B,), and what else the losses need;
+        losses(*a piece of each) -> {"loss": (b,), what is minimised, "flow": (b,), what is logged over t, and more to log}."""
+        (t, indices, *_), args, done = inputs, self.args, []
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["factor"]
         for n, piece in enumerate(zip(*(u.chunk(args.accumulate) for u in inputs))):
@@ -384,7 +388,7 @@ class Run:
             self.save(step + 1)
         if self.ranks.main and (end or stopping):
             self.log.bar.close()
-            print(f"{self.out}: step {step + 1}" + ("" if end else f" of {args.steps}, interrupted; run the same command to go on"))
+            print(f"{self.out}: step {step + 1}" + ("" if end else f" of {args.steps}, interrupted; run the same command{' without --fresh' * args.fresh} to go on"))
         return stopping
 
     def save(self, step):
@@ -403,7 +407,7 @@ def move(optimizer, parameters, clip):
 
     Both stay on the device: the loop does not wait for them.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
     bad = (~norm.isfinite()).float()
     optimizer.grad_scale, optimizer.found_inf = None, bad.clone()  # what a GradScaler sets; fused AdamW then skips on the device
     optimizer.step()
@@ -508,7 +512,7 @@ class Interruption:
             signal.signal(which, self.ask)
 
     def ask(self, *_):
-        """The signal handler: finish the step, save, exit 0."""
+        """The signal handler: finish the step, save, exit 0. A second signal changes nothing: launchers send several."""
         self.asked = 1.0
 
     def check(self, bad, losses, step, indices, pictures):
@@ -542,7 +546,7 @@ def save_checkpoint(path, content):
         raise UserError(f"{path} could not be written ({str(e).splitlines()[0]}); make room and run the same command again") from None
 
 
-def load_checkpoint(path, kind):
+def load_checkpoint(path, kinds):
     """The newest whole checkpoint at `path`: itself, or NAME.prev.pt where it is torn (said in one line). Raises UserError."""
     path = Path(path)
     previous = path.with_suffix(".prev.pt")
@@ -553,25 +557,27 @@ def load_checkpoint(path, kind):
             raise
         print(f"{e}; going on from {previous}", file=sys.stderr)
         content = tok.read_file(previous)
-    if not isinstance(content, dict) or content.get("kind") not in kind:
-        is_a = content.get("kind") if isinstance(content, dict) else None
-        raise UserError(f"{path}: not a checkpoint of {' or '.join(kind)}" + (f" but of {tok.plain(is_a)}" if isinstance(is_a, str) else "") +
+    kind = content.get("kind", "the authors'" if "state_dict" in content else None) if isinstance(content, dict) else None
+    if kind not in kinds:
+        raise UserError(f"{path}: not a checkpoint of {' or '.join(kinds)}" + (f" but of {tok.plain(kind)}" if isinstance(kind, str) else "") +
                         "; give the right file")
     return content
 
 
-# What may differ between a run and its continuation without changing its sequence
+# What may differ between a run and its continuation; all but --steps, on which nano's schedule hangs, leave its sequence as it is
 FREE = {"out", "steps", "log_every", "save_every", "device", "workers", "fresh", "accumulate", "compile", "checkpointing", "max_bad",
         "bench", "write_data", "num", "stage1"}
 
 
-def continued(path, args, kind, fingerprint):
+def continued(path, args, kind, digest):
     """The checkpoint that a run goes on from, or None; exits 0 where it is finished. Raises UserError where a setting differs."""
     if args.fresh or not (path.exists() or path.with_suffix(".prev.pt").exists()):
         return None
     content = load_checkpoint(path, [kind])
-    now, then = {**settings(args), "data": fingerprint}, content["settings"]
-    for name in sorted(now.keys() | then.keys()):
+    if "settings" not in content:
+        raise UserError(f"{path}: an export, which holds nothing to go on from; use it with --init or --stage1, and another --out or --fresh")
+    now, then = {**settings(args), "data": digest}, content["settings"]
+    for name in sorted(now.keys() | then.keys(), key=lambda name: (name != "size", name)):  # others hang on the size
         if name not in FREE and now.get(name) != then.get(name):
             option = "--" + name.replace("_", "-")
             how = "or the weights that read it are others than" if name == "data" else f"is {now.get(name)} but was {then.get(name)}"
@@ -596,11 +602,13 @@ class Ranks:
     def __init__(self, device="auto"):
         self.rank, self.world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and self.world == 1 else "cpu"
+            device = "cuda" if torch.cuda.is_available() else "cpu"  # mps lacks some of what the prior uses
         if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
             raise UserError(f"--device {device}: this machine has none; use --device auto")
         self.device, self.main = torch.device(device, local) if device == "cuda" else torch.device(device), self.rank == 0
         if device == "cuda":
+            if local >= torch.cuda.device_count():
+                raise UserError(f"--nproc-per-node: more processes than the {torch.cuda.device_count()} GPUs of this machine")
             torch.cuda.set_device(self.device)
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
@@ -637,17 +645,18 @@ def generator(seed, step, stream, device):
     return torch.Generator(device).manual_seed((seed * 1_000_000_007 + step) * 8 + stream)
 
 
-def noise_for(seeds, shape, device):
-    """One seed a picture: noise (len(seeds), *shape) that does not change with the batch it is drawn in."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+def noise_for(seeds, shape, device, mixer=False):
+    """One seed a picture: noise (len(seeds), *shape) that does not change with the batch it is drawn in. The Mixer's is drawn from other
+    seeds than the decoder's (half of the 2**32 that there are): it was trained on noise that has nothing to do with its tokens."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s + mixer * 2**31)) for s in seeds]).to(device)
 
 
 CHUNK = 64  # pictures of one forward pass, always the same ones, so that what is kept does not depend on ranks or restarts
 
 
-def fingerprint(pictures, flip, *modules):
-    """SHA-256 of what frozen networks give: pictures, mirroring, weights."""
-    digest = hashlib.sha256(f"{pictures.fingerprint} {flip}".encode())
+def fingerprint(pictures, how, *modules):
+    """SHA-256 of what frozen networks give: pictures, how they are taken (mirrored, say), weights."""
+    digest = hashlib.sha256(f"{pictures.fingerprint} {how}".encode())
     for module in modules:
         for name, tensor in module.state_dict().items():
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -659,34 +668,40 @@ def computed_once(path, fields, pictures, ranks, args, compute):
     """What frozen networks give for every picture (and, with --flip, its mirror image), in one pass, kept in a file.
 
     compute(images (b,3,S,S)) -> float tensors (b, ...), one for each of `fields`, (name, shape without b). Returns a memory-mapped array of N
-    records with `label` and the fields, (V,*shape) float16, V views; a mark says that a record is done, so that a stopped pass goes on
-    where it was and every rank writes its own records. Raises UserError where a value does not fit into float16.
+    records: `label`, then the fields, (V,*shape) float16, V views, and a mark that the record is done, so that a stopped pass goes on where it
+    was; every rank writes its own records. Raises UserError where a value does not fit into float16 or the disk is full.
     """
     N, V = len(pictures), 1 + args.flip
-    record = np.dtype([("done", "u1"), ("label", "<i4"), *((name, "<f2", (V, *shape)) for name, shape in fields)])
+    record = np.dtype([("label", "<i4"), *((name, "<f2", (V, *shape)) for name, shape in fields), ("done", "u1")])
     try:
         there = np.load(path, mmap_mode="r")
-        whole = there.shape == (N,) and there.dtype == record
-    except (OSError, ValueError):
-        whole = False
+        usable = there.shape == (N,) and there.dtype == record
+    except (OSError, ValueError, EOFError):
+        usable = False
     ranks.wait()
-    if ranks.main and not whole:
+    if ranks.main and not usable:
         np.lib.format.open_memmap(path, mode="w+", dtype=record, shape=(N,)).flush()
     ranks.wait()
-    rows = np.load(path, mmap_mode="r+")
+    rows = np.load(path, mmap_mode="r")
     chunks = [list(range(i, min(i + CHUNK, N))) for i in range(0, N, CHUNK)][ranks.rank::ranks.world]
     chunks = [chunk for chunk in chunks if not rows["done"][chunk].all()]
     loader = Loader(pictures, chunks, ranks, args.workers, args.max_bad)
     for chunk, (images, labels, _) in zip(chunks, tqdm(loader, desc=path.stem.split("-")[0], unit_scale=CHUNK, disable=not ranks.main, dynamic_ncols=True)):
+        block = np.zeros(len(chunk), record)
+        block["label"], block["done"] = labels.cpu().numpy(), 1
         with autocast(ranks, args.dtype):
             views = [compute(view) for view in ([images, images.flip(-1)] if args.flip else [images])]
         for (name, _), values in zip(fields, zip(*views)):
             values = torch.stack(values, 1).to(torch.float16)                                      # (b,V,...)
             if not values.isfinite().all():
                 raise UserError(f"{path}: the networks gave values that are not finite or beyond float16; check their weights, or use --dtype float32")
-            rows[name][chunk] = values.cpu().numpy()
-        rows["label"][chunk], rows["done"][chunk] = labels.cpu().numpy(), 1
-    rows.flush()
+            block[name] = values.cpu().numpy()
+        try:
+            with open(path, "r+b") as f:  # not through the map: it would end the process where the disk is full
+                f.seek(rows.offset + chunk[0] * record.itemsize)
+                f.write(block.tobytes())
+        except OSError as e:
+            raise UserError(f"{path} could not be written ({e.strerror}); make room and run the same command again") from None
     ranks.wait()
     return np.load(path, mmap_mode="r")
 
@@ -727,6 +742,16 @@ def draw_digit(plan, size, fonts={}):
     return (plan.ground + share * (plan.ink - plan.ground)).round().astype(np.uint8)
 
 
+def text_features(file):
+    """An .npz of `features` (L,C) and, where some of them are padding, `mask` (L,) -> float32 (L,C), bool (L,). ValueError and others."""
+    with np.load(file, allow_pickle=False) as z:
+        features = torch.from_numpy(z["features"].astype(np.float32))
+        mask = torch.from_numpy(z["mask"].astype(bool)) if "mask" in z else torch.ones(len(features), dtype=torch.bool)
+    if features.ndim != 2 or mask.shape != features.shape[:1]:
+        raise ValueError(f"features {tuple(features.shape)}, mask {tuple(mask.shape)}; expected (L,C) and (L)")
+    return features, mask
+
+
 class Unreadable(UserError):
     """A picture that cannot be decoded; training skips a few of them."""
 
@@ -736,6 +761,7 @@ class Pictures(torch.utils.data.Dataset):
 
     source: None (the default digits), a folder (any tree), a .zip of one, a .tar or a folder of .tar shards, or a .tsv or .jsonl of
     file and caption. Captions stand in name.txt (a line each) or name.json ("caption") beside name.jpg, text features in name.npz.
+    `fingerprint` is the SHA-256 of the pictures' names and of their sizes, in a .zip of their checksums.
     [i] -> (uint8 (3,pixels,pixels), label, i, readable): shorter side to `pixels`, centre crop; an unreadable picture is replaced
     by the next readable one. labels (N,) long; classes: names of the top folders, sorted; none where there are none.
     Raises UserError where nothing is found, a listed picture is missing or a caption is empty.
@@ -753,7 +779,7 @@ class Pictures(torch.utils.data.Dataset):
             found = dict(sorted(self.find(Path(source))))                                          # name -> place
             self.names = [name for name in found if name.lower().endswith(self.ENDINGS) and "__MACOSX" not in name and "/." not in name]
             if not self.names:
-                raise UserError(f"--data {source}: no pictures in it; expected a folder, .zip, .tar, .tsv or .jsonl with {', '.join(self.ENDINGS)} files")
+                raise UserError(f"{source}: no pictures in it; expected a folder, .zip, .tar, .tsv or .jsonl with {', '.join(self.ENDINGS)} files")
             self.places, stem = [found[name] for name in self.names], lambda name: name.rsplit(".", 1)[0]
             texts = {stem(name): place for name, place in found.items() if name.endswith((".txt", ".json"))}
             features = {stem(name): place for name, place in found.items() if name.endswith(".npz")}
@@ -762,10 +788,10 @@ class Pictures(torch.utils.data.Dataset):
                     self.texts[i] = self.listed.get(name) or texts[stem(name)]
                 if stem(name) in features:
                     self.npz[i] = features[stem(name)]
-            tops = [name.split("/")[:-1] for name in self.names]
+            tops = [name.rsplit(".tar: ", 1)[-1].split("/")[:-1] for name in self.names]  # shards are no classes
             while all(len(top) > 1 and top[0] == tops[0][0] for top in tops):  # one folder around all, as in many archives
                 tops = [top[1:] for top in tops]
-            self.classes = sorted({top[0] for top in tops}) if all(tops) and not self.texts else []
+            self.classes = sorted({top[0] for top in tops}) if all(tops) and not self.listed else []
             number = {name: i for i, name in enumerate(self.classes)}
             self.labels = torch.tensor([number[top[0]] if number else 0 for top in tops])
             stamp = "".join(f"{name} {place[-1] if len(place) > 1 else os.path.getsize(place[0])}\n" for name, place in zip(self.names, self.places))
@@ -773,7 +799,7 @@ class Pictures(torch.utils.data.Dataset):
         self.small = len(self.names) * 3 * pixels**2 <= 2**28  # decoded pictures then stay in memory
 
     def find(self, source):
-        """Yields (name, place) of every file; a place is (path), (path of a .zip, name in it) or (path of a .tar, offset, size)."""
+        """Yields (name, place) of every file; a place is (path), (path of a .zip, name in it, CRC) or (path of a .tar, offset, size)."""
         self.listed = {}
         if source.is_dir():
             for path in source.rglob("*"):
@@ -782,7 +808,7 @@ class Pictures(torch.utils.data.Dataset):
                 elif path.is_file() and not path.name.startswith("."):
                     yield path.relative_to(source).as_posix(), (str(path),)
         elif not source.is_file():
-            raise UserError(f"--data {source}: no such file or folder; give a folder of pictures, a .zip or .tar of one, or a .tsv or .jsonl")
+            raise UserError(f"{source}: no such file or folder; give a folder of pictures, a .zip or .tar of one, or a .tsv or .jsonl")
         elif source.suffix == ".tar":
             yield from self.tar(source, "")
         elif source.suffix in (".tsv", ".jsonl"):
@@ -792,8 +818,8 @@ class Pictures(torch.utils.data.Dataset):
                 with zipfile.ZipFile(source) as archive:
                     infos = [info for info in archive.infolist() if not info.is_dir()]
             except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
-                raise UserError(f"--data {source}: neither a folder nor a whole .zip, .tar, .tsv or .jsonl ({e})") from None
-            yield from ((info.filename, (str(source), info.filename)) for info in infos)
+                raise UserError(f"{source}: neither a folder nor a whole .zip, .tar, .tsv or .jsonl ({e})") from None
+            yield from ((info.filename, (str(source), info.filename, info.CRC)) for info in infos)
 
     def tar(self, path, prefix):
         """The members of a .tar shard by offset, so that any of them can be read at once."""
@@ -805,7 +831,7 @@ class Pictures(torch.utils.data.Dataset):
                             raise tarfile.ReadError(f"{member.name} is cut short")
                         yield prefix + member.name, (str(path), member.offset_data, member.size)
         except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as e:
-            raise UserError(f"--data {path}: not a whole .tar ({e}); get it again") from None
+            raise UserError(f"{path}: not a whole .tar ({e}); get it again") from None
 
     def table(self, path):
         """The pictures of a .tsv (file, tab, caption) or .jsonl ({"file": ..., "caption": ...}), relative to its folder."""
@@ -815,20 +841,20 @@ class Pictures(torch.utils.data.Dataset):
                     (json.loads(line) if path.suffix == ".jsonl" else line for line in lines)]
             rows = [(str(file), caption) for file, captions in rows for caption in (captions if isinstance(captions, list) else [captions])]
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise UserError(f"--data {path}: expected lines of file, tab and caption, or of JSON with file and caption ({e})") from None
+            raise UserError(f"{path}: expected lines of file, tab and caption, or of JSON with file and caption ({e})") from None
         for file, caption in rows:
             place = path.parent / file
             if file not in self.listed and not place.is_file():
-                raise UserError(f"--data {path}: {file} is not there; paths are relative to {path.parent}")
+                raise UserError(f"{path}: {file} is not there; paths are relative to {path.parent}")
             if not str(caption).strip():
-                raise UserError(f"--data {path}: {file} has an empty caption; write one or leave the line out")
+                raise UserError(f"{path}: {file} has an empty caption; write one or leave the line out")
             self.listed.setdefault(file, []).append(str(caption))
         yield from ((file, (str(path.parent / file),)) for file in self.listed)
 
     def bytes(self, place, limit=2**28):
         """What lies at a place, at most `limit` bytes."""
         path, *inside = place
-        if len(inside) == 1:
+        if inside and isinstance(inside[0], str):
             key = (os.getpid(), path)  # an open archive cannot be shared between processes
             if key not in self.archives:
                 self.archives[key] = zipfile.ZipFile(path)
@@ -848,21 +874,17 @@ class Pictures(torch.utils.data.Dataset):
             captions = json.loads(text)["caption"] if text.lstrip().startswith("{") else text.strip().split("\n")
             captions = captions if isinstance(captions, list) else [captions]
         except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile, RecursionError) as e:
-            raise UserError(f"--captions {self.source}: the caption of {self.names[i]} cannot be read ({e})") from None
+            raise UserError(f"{self.source}: the caption of {self.names[i]} cannot be read ({e})") from None
         if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
-            raise UserError(f"--captions {self.source}: {self.names[i]} has no caption or an empty one; write one or take the picture out")
+            raise UserError(f"{self.source}: {self.names[i]} has no caption or an empty one; write one or take the picture out")
         return captions
 
     def features(self, i):
         """Text features made beforehand: (features (L,C) float32, mask (L,) bool) of picture i. Raises UserError."""
         try:
-            with np.load(io.BytesIO(self.bytes(self.npz[i])), allow_pickle=False) as z:
-                features, mask = z["features"], z["mask"].astype(bool) if "mask" in z else None
-            if features.ndim != 2 or mask is not None and mask.shape != features.shape[:1]:
-                raise ValueError(f"features {features.shape}, mask {mask.shape}; expected (L,C) and (L)")
+            return text_features(io.BytesIO(self.bytes(self.npz[i])))
         except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
-            raise UserError(f"--captions {self.source}: no text features (L,C) for {self.names[i]} ({e})") from None
-        return torch.from_numpy(features.astype(np.float32)), torch.from_numpy(np.ones(len(features), bool) if mask is None else mask)
+            raise UserError(f"{self.source}: no text features (L,C) for {self.names[i]} ({e})") from None
 
     def __len__(self):
         return len(self.names)
@@ -890,7 +912,7 @@ class Pictures(torch.utils.data.Dataset):
                 return self.read((i + shift) % len(self)), self.labels[(i + shift) % len(self)], i, shift == 0
             except Unreadable:
                 pass
-        raise UserError(f"--data {self.source}: not one of its {len(self)} pictures can be read")
+        raise UserError(f"{self.source}: not one of its {len(self)} pictures can be read")
 
 
 class Order:
@@ -933,18 +955,18 @@ class Loader:
                 self.bad.add(i)
                 print(f"\nskipped: {self.pictures.names[i]} cannot be read ({len(self.bad)} so far)", file=sys.stderr)
                 if len(self.bad) > self.limit:
-                    raise UserError(f"--data {self.pictures.source}: {len(self.bad)} of {len(self.pictures)} pictures cannot be read, the "
+                    raise UserError(f"{self.pictures.source}: {len(self.bad)} of {len(self.pictures)} pictures cannot be read, the "
                                     f"last {self.pictures.names[i]}; mend them or raise --max-bad")
             images, labels = (u.to(self.ranks.device, non_blocking=True) for u in (images, labels))
             yield images.float() / 127.5 - 1, labels, indices
 
 
-def grid(rows, scale=None):
+def grid(rows):
     """Rows of images (each (B,3,H,W) in [-1,1]) -> one PIL picture, enlarged to be seen."""
     x = torch.stack([fid.to_uint8(row.cpu().nan_to_num()) for row in rows])                                 # (rows,B,3,H,W)
     R, B, _, H, W = x.shape
     picture = Image.fromarray(x.permute(0, 3, 1, 4, 2).reshape(R * H, B * W, 3).numpy())
-    scale = scale or max(1, 64 // H)
+    scale = max(1, 64 // H)
     return picture.resize((B * W * scale, R * H * scale), Image.Resampling.NEAREST)
 
 
@@ -973,11 +995,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def whole(low):
-    """An argparse type: a whole number of at least `low`."""
+def whole(low, high=2**31):
+    """An argparse type: a whole number within [low, high]."""
     def parse(text):
-        if not text.lstrip("-").isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        if not text.lstrip("-").isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
         return int(text)
     return parse
 
@@ -1008,12 +1030,12 @@ def common_options(parser, stage):
     p.add("--ema", None, "decay of the averaged weights", type=number(0, 1))
     p.add("--seed", 0, "seed of weights, picture order, noise and prior", type=whole(0))
     p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
-    p.add("--clip-grad", 1.0, "largest norm of the gradient", type=number(0))
+    p.add("--clip-grad", 1.0, "largest norm of the gradient; 0 is none", type=number(0))
     p.add("--accumulate", 1, "cut each GPU's part of the batch into this many pieces to save memory", type=whole(1))
     p.add("--prior-steps", 1600, "steps of the prior, 128 pictures each, where one is trained", type=whole(1))
     p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
     p.add("--save-every", 500 if stage == 1 else 1000, "steps between checkpoints and pictures", type=whole(1))
-    p.add("--device", "auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
+    p.add("--device", "auto", "auto (cuda where there is one, else cpu), cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
     p.add("--dtype", "auto", "of the networks: auto is bfloat16 where the device has matrix instructions for it",
           choices=["auto", "float32", "bfloat16"])
     p.add("--workers", None, "processes that read pictures (default: 4 with a GPU, else 0)", type=whole(0))
@@ -1041,6 +1063,8 @@ def make_folder(path, option="--out"):
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"{option} {path}: cannot be made a folder ({e.strerror}); give another") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{option} {path}: nothing may be written there; give another folder")
 
 
 def guarded(main):
@@ -1053,8 +1077,12 @@ def guarded(main):
         rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
         print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as e:
+        print(f"{Path(sys.argv[0]).name}: error: out of memory on the GPU ({str(e).split('. ')[0]}); use a larger --accumulate, --checkpointing or a "
+              f"smaller --batch", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted before the first step; run the same command again")
+        sys.exit("interrupted")
 
 
 # ---- Shared: --bench

@@ -3,7 +3,7 @@
     python train_stage2.py                                        # after python train_stage1.py
     python train_stage2.py --data FOLDER --out OUT                # with OUT/stage1.pt
     python train_stage2.py --captions DATA --clip ViT-B-16.pt --bpe bpe_simple_vocab_16e6.txt.gz
-    torchrun --nproc-per-node 8 train_stage2.py --data imagenet/train --size XL --stage1 reptok-xl-600k-ImageNet.ckpt
+    torchrun --nproc-per-node 8 train_stage2.py --data imagenet/train --stage1 reptok-xl-600k-ImageNet.ckpt
 
 The frozen tokenizer turns every picture into tokens once (OUT/tokens-*.npy); an MLP-Mixer then learns the flow from noise to
 them without reading a picture again. Writes OUT/stage2.pt (self-contained), OUT/stage2.jsonl and OUT/stage2.png (samples from
@@ -18,9 +18,9 @@ import torch.nn as nn
 from decoder import flow_loss
 from mixer import Mixer
 from sample import RepTok
-from tokenizer import ClipText, UserError, WordEncoder, load_text_encoder, text_mask
+from tokenizer import ClipText, UserError, WordEncoder, load_text_encoder
 from train_stage1 import (SIZES, Order, Parser, Pictures, Ranks, Run, bench_rows, common_options, complete, computed_once, continued, fingerprint,
-                          generator, grid, guarded, make_folder, move, noise_for, number, whole)
+                          generator, grid, guarded, make_folder, move, number, whole)
 
 PAPER = dict(steps=700_000, batch=256, lr=1e-4, warmup=2000, decay=False, ema=0.9999)
 NANO = dict(steps=1400, batch=256, lr=2e-3, warmup=100, decay=True, ema=0.995)
@@ -42,7 +42,7 @@ class Stage2(nn.Module):
 
 def encode(model, pictures, ranks, args, digest):
     """Tokens of every picture (and, with --flip, of its mirror image), once: (N,V,K,D) float16, and labels (N,), on the device."""
-    rows = computed_once(Path(args.out, f"tokens-{digest[:12]}.npy"), [("tokens", (model.tokenizer.K, model.tokenizer.width))], pictures, ranks,
+    rows = computed_once(Path(args.out, f"tokens-{args.dtype}-{digest[:12]}.npy"), [("tokens", (model.tokenizer.K, model.tokenizer.width))], pictures, ranks,
                          args, lambda images: [model.tokenizer(images)])
     return torch.from_numpy(rows["tokens"].copy()).to(ranks.device), torch.from_numpy(rows["label"].astype(np.int64)).to(ranks.device)
 
@@ -57,7 +57,8 @@ def main():
     model, out = RepTok.load(args.stage1, ranks.device), Path(args.out, "stage2.pt")
     complete(args, *defaults, model.decoder)
     ranks.divide(args)
-    pictures = Pictures(args.captions if args.captions != "digits" and args.captions else args.data, model.pixels, args.seed, named=args.captions == "digits")
+    source = args.captions if args.captions and args.captions is not True else args.data
+    pictures = Pictures(source, model.pixels, args.seed, named=args.captions is True)
     make_folder(args.out)
     digest = fingerprint(pictures, args.flip, model.tokenizer)
     last = continued(out, args, "stage2", digest)
@@ -84,13 +85,13 @@ def main():
 
     def picture():
         features = stage2.text(shown_text) if stage2.text else shown_text
-        z = model.generate(None if args.captions else torch.tensor(shown).repeat_interleave(8), steps=20,
-                           noise=noise_for(range(8 * len(shown)), (K, D), ranks.device), text=features, mask=shown_mask)
+        z = model.generate(None if args.captions else torch.tensor(shown).repeat_interleave(8), steps=20, text=features, mask=shown_mask)
         return grid(model.decode(z, steps=20).chunk(len(shown)))
 
     run = Run(out, stage2, args, ranks, last, pictures, digest, model.parts, picture)
+    del last
 
-    def losses(z, t, noise, classes, *text):
+    def losses(t, indices, z, noise, classes, *text):
         loss = run.model(z, t, noise, classes, *text)                                              # Eq. 1 on tokens, (b,)
         return {"loss": loss, "flow": loss}
 
@@ -102,7 +103,7 @@ def main():
         rows = torch.tensor(indices, device=ranks.device)
         z = (tokens[rows, (view * V).long()].float() - mean) / std                                 # (b,K,D)
         classes = torch.where(drop < args.label_drop, C, labels[rows])                             # (b,)
-        inputs = [z, t, noise, classes]
+        inputs = [z, noise, classes]
         if args.captions:
             words, mask = read_text(pictures, text, width, indices, choice.tolist(), ranks.device)
             inputs += [words, mask & (drop >= args.label_drop)[:, None]]                           # (b,L,C) or (b,L); (b,L)
@@ -138,8 +139,7 @@ def read_text(pictures, text, width, indices, draws, device):
         return features.to(device), nn.utils.rnn.pad_sequence([m for _, m in rows], batch_first=True).to(device)
     captions = [pictures.captions(i) for i in indices]
     ids = text.ids([c[int(d * len(c))] for c, d in zip(captions, draws)]).to(device)
-    clip = isinstance(text, ClipText)
-    return text(ids) if clip else ids, text_mask(ids, clip)
+    return ids if isinstance(text, WordEncoder) else text(ids), text.mask(ids)
 
 
 def options():
@@ -147,8 +147,8 @@ def options():
     p = Parser(__doc__)
     common_options(p, 2)
     p.add("--stage1", None, "checkpoint of stage 1, ours or the authors' (default: OUT/stage1.pt)")
-    p.add("--captions", None, "captioned pictures instead of classes: folder, .tar, .tsv or .jsonl; without a value, the digits write them",
-          nargs="?", const="digits")
+    p.add("--captions", None, "captioned pictures instead of --data: folder, .tar, .tsv or .jsonl; without a value, the digits write them",
+          nargs="?", const=True)
     p.add("--clip", None, "CLIP file whose text tower reads the captions; default: text features beside the pictures, or a small encoder trained along")
     p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
     p.add("--label-drop", 0.1, "share of labels or captions dropped for classifier-free guidance", type=number(0, 1))
@@ -157,6 +157,8 @@ def options():
     args = p.parse_args()
     if args.clip and not (args.captions and args.bpe):
         raise UserError("--clip reads captions: give --captions, and --bpe with bpe_simple_vocab_16e6.txt.gz")
+    if args.captions and args.data:
+        raise UserError("--data: --captions names the pictures itself; leave the option out")
     args.stage1 = args.stage1 or str(Path(args.out, "stage1.pt"))
     return args
 
@@ -164,7 +166,7 @@ def options():
 def bench(args, ranks):
     """--bench: the Mixer of this size with random weights, forward and in a training step."""
     nano, device = args.size == "nano", ranks.device
-    n, D = args.batch if args.size == "nano" or device.type == "cuda" else 32, 128 if nano else 768
+    n, D = args.batch if nano or device.type == "cuda" else min(args.batch, 32), 128 if nano else 768
     shape = SIZES[args.size]["mixer"]
     mixer = Mixer(1, D, **shape, classes=10 if nano else 1000, channel_hidden=args.channel_expansion * shape["hidden"]).to(device)
     z, t, c = torch.randn(n, 1, D, device=device), torch.rand(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
