@@ -125,8 +125,8 @@ def guided(mixer, classes=None, text=None, mask=None, scale=1.5, interval=(0.3, 
     classes (B,) long and text (B,L,C), mask (B,L) as Mixer takes them. Both halves run as one batch; outside the interval
     (Kynkaanniemi 2024) only the conditional half runs. Returns velocity(z_t (B,K,D), t (1,)) -> v (B,K,D), for an ODE sampler.
     """
-    both = [None if u is None else torch.cat([u, null]) for u, null in (
-        (classes, None if classes is None else torch.full_like(classes, mixer.classes)), (text, text), (mask, None if mask is None else mask & False))]
+    null = classes if classes is None else torch.full_like(classes, mixer.classes), text, mask if mask is None else mask & False
+    both = [u if u is None else torch.cat([u, none]) for u, none in zip((classes, text, mask), null)]
 
     def velocity(z, t):
         if scale == 1 or classes is None and text is None or not interval[0] <= t.item() <= interval[1]:

@@ -295,7 +295,9 @@ def evaluate(args, model, ranks):
     if count < len(pictures):  # a part of them is drawn from all, not from the first classes
         order = np.random.default_rng(args.seed).permutation(len(pictures))
     shape = (model.decoder.config["channels"], *[model.decoder.config["size"]] * 2)
-    labels = torch.randint(max(C, 1), (count,), generator=torch.Generator().manual_seed(args.seed)) if args.labels == "random" else torch.arange(count) % max(C, 1)
+    labels = torch.arange(count) % max(C, 1)
+    if args.labels == "random":
+        labels = torch.randint(max(C, 1), (count,), generator=torch.Generator().manual_seed(args.seed))
     mine = list(range(ranks.rank, count, ranks.world))
     for at in tqdm(range(0, len(mine), args.batch), desc="eval", unit_scale=args.batch, disable=not ranks.main, dynamic_ncols=True):
         chunk = mine[at:at + args.batch]

@@ -278,8 +278,8 @@ def plausible(config, state):
     sides = {n for t in state.values() for n in t.shape}
     for name, value in config.items():
         for v in value[:16] if isinstance(value, (list, tuple)) else [value]:
-            good = v is None or isinstance(v, bool) or isinstance(v, str) and len(v) < 20 or isinstance(v, (int, float)) and (0 <= v <= 4096 or {v, v + 1} & sides)
-            if not good or isinstance(value, (list, tuple)) and len(value) > 16:
+            short = v is None or isinstance(v, bool) or isinstance(v, str) and len(v) < 20
+            if not (short or isinstance(v, (int, float)) and (0 <= v <= 4096 or {v, v + 1} & sides)) or isinstance(value, (list, tuple)) and len(value) > 16:
                 raise ValueError(f"{name} is no setting of its network")
     width, heads = config.get("width", 0), config.get("heads", 1)
     if config.get("depth", 0) > len(state) or not heads or width % heads:
@@ -339,7 +339,8 @@ class Run:
 
     out: the checkpoint's path; module: holds the parameters; last: the checkpoint that is gone on from, or None; pictures: for their
     names; digest: what --data is held against later; content() gives what the checkpoint holds beside settings and states, picture()
-    what is drawn; rates: {parameter's name: factor on its learning rate}. .model is the module as it is to be called, wrapped by DDP and --compile; .first the first step.
+    what is drawn; rates: {parameter's name: factor on its learning rate}.
+    .model is the module as it is to be called, wrapped by DDP and --compile; .first is the first step.
     """
 
     def __init__(self, out, module, args, ranks, last, pictures, digest, content, picture, rates={}):
@@ -466,7 +467,8 @@ class Log:
         self.ranks, self.batch, self.smooth, self.since = ranks, batch, None, (time.time(), first)
         self.bar = tqdm(total=last, initial=first, disable=not ranks.main, desc=path.stem, dynamic_ncols=True)
         if ranks.main:
-            kept = [] if first == 0 or not path.exists() else [s for s in path.read_text().splitlines() if s.endswith("}") and json.loads(s)["step"] <= first]
+            before = path.read_text().splitlines() if first and path.exists() else []
+            kept = [line for line in before if line.endswith("}") and json.loads(line)["step"] <= first]
             path.write_text("".join(f"{line}\n" for line in kept))  # what a killed run logged after its last checkpoint comes again
             self.file = open(path, "a")
 
