@@ -5,7 +5,7 @@
     latents = euler(lambda x, t: decoder(x, t, tokens), noise, steps=50)
     images = load_vae("diffusion_pytorch_model.safetensors").decode(latents)
 
-The file stands alone: torch, numpy and the standard library. Letters: B batch, K image tokens, N patches, C channels.
+The file stands alone: torch and the standard library. Letters: B batch, K image tokens, N patches, C channels.
 Time: t=0 is noise, t=1 data (Eq. 1).
 """
 import json

@@ -2247,11 +2247,11 @@ def train_reader(x, y, steps=1200, batch=64):
     return reader.eval()
 
 
-def score(paths, train, held, evaluations, scales, interval):
+def score(paths, train, held, evaluations, scales, interval, per_class=32):
     """Print a table: a row a checkpoint, number of decoder evaluations and guidance scale.
 
     PSNR of held-out pictures (mean of each one's own), the share that a reader reads as their class, the Frechet distance in the reader's 128
-    features. Generated: 32 pictures a class, 50 steps of Mixer and decoder; left out where several `evaluations` are asked for.
+    features. Generated: `per_class` pictures a class, 50 steps of Mixer and decoder; left out where several `evaluations` are asked for.
     """
     (x, y), (real, labels) = train, held
     reader, real = train_reader(x, y), real.float() / 127.5 - 1
@@ -2268,7 +2268,7 @@ def score(paths, train, held, evaluations, scales, interval):
     print("|---|---|---|---|---|---|---|---|")
     for path in paths:
         model = RepTok.load(path)
-        tokens, classes = model.encode(real), torch.arange(model.mixer.classes if model.mixer else 0).repeat_interleave(32)
+        tokens, classes = model.encode(real), torch.arange(model.mixer.classes if model.mixer else 0).repeat_interleave(per_class)
         for n in evaluations:
             recon = model.decode(tokens, n)
             psnr = fid.psnr(fid.to_uint8(real), fid.to_uint8(recon)).mean().item()
@@ -2316,6 +2316,7 @@ def options():
     p = one.Parser("Scores and timings; the tests are run by python -m pytest -q test_all.py")
     p.add("--score", None, "checkpoints to score: a row each; one that takes captions is scored by its prompts", nargs="+")
     p.add("--pictures", None, "pictures of one's own for --score: a folder to learn reading from, and one held out (default: digits)", nargs=2)
+    p.add("--per-class", 32, "pictures of every class that --score generates", type=one.whole(1))
     p.add("--evaluations", [20], "evaluations of the decoder in a reconstruction; several give a row each", nargs="+", type=one.whole(1))
     p.add("--cfg", [1.5], "guidance scales; several give a row each", nargs="+", type=one.number(0))
     p.add("--cfg-interval", [0.3, 0.9], "guidance acts while t is between these", nargs=2, type=one.number(0, 1))
@@ -2338,7 +2339,7 @@ def main():
         return [score_prompts(model) for model in models]
     folder = lambda path: (lambda p: (torch.stack([p.read(i) for i in range(len(p))]), p.labels))(one.Pictures(path, 16))
     train, held = map(folder, args.pictures) if args.pictures else (digits(5500, 1), digits(1000, 2))
-    score(args.score, train, held, args.evaluations, args.cfg, args.cfg_interval)
+    score(args.score, train, held, args.evaluations, args.cfg, args.cfg_interval, args.per_class)
 
 
 if __name__ == "__main__":

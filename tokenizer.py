@@ -5,7 +5,7 @@
     z = tokenizer(images)                            # (B,3,H,W) in [-1,1] -> (B,1,768)
     loss = 0.1 * cosine_loss(z, tokenizer.prior(images)).mean()
 
-The file stands alone: torch, numpy and the standard library. Letters: B batch, K image tokens, R registers, N patches, D width.
+The file stands alone: torch and the standard library. Letters: B batch, K image tokens, R registers, N patches, D width.
 """
 import copy
 import gzip

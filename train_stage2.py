@@ -152,7 +152,7 @@ def options():
     p.add("--clip", None, "CLIP file whose text tower reads the captions; default: text features beside the pictures, or a small encoder trained along")
     p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
     p.add("--label-drop", 0.1, "share of labels or captions dropped for classifier-free guidance", type=number(0, 1))
-    p.add("--channel-expansion", 4, "channel MLP's hidden width over the Mixer's (3 gives the paper's 276M)", type=whole(1))
+    p.add("--channel-expansion", 4, "channel MLP's hidden width over the Mixer's (3 gives 279M at XL, as the paper's table)", type=whole(1))
     p.add("--token-expansion", 2, "token MLP's hidden width over the number of tokens", type=whole(1))
     args = p.parse_args()
     if args.clip and not (args.captions and args.bpe):
