@@ -45,7 +45,7 @@ class RepTok:
     @classmethod
     def load(cls, path, device="cpu"):
         """Any checkpoint: stage1.pt, stage2.pt, an export, or the authors' release. Raises UserError."""
-        content = load_checkpoint(path, ["stage1", "stage2", "the authors'"])
+        content = load_checkpoint(path, ["stage1", "stage2", "the authors' RepTok"])
         return (cls.from_checkpoint if "kind" in content else released)(content, path).to(device)
 
     @classmethod

@@ -695,8 +695,16 @@ def test_continuing_extending_and_refusing(trained, tmp_path):
     assert sorted(losses(out / "stage1.jsonl")) == list(range(1, 9))
 
 
+def inside(script, *args):
+    """Run a script of the project in this process, which spares the seconds of a start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, args)])
+        one.guarded(sys.modules[script[:-3]].main)
+
+
 def refusal(script, args, monkeypatch, capsys):
     """The one line with which a script, run in this process, refuses its arguments with status 2."""
+    capsys.readouterr()  # what was said before
     monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
     with pytest.raises(SystemExit) as stop:
         one.guarded(sys.modules[script[:-3]].main)
@@ -775,12 +783,12 @@ def test_fine_tuning_from_a_checkpoint(trained, tmp_path):
 def test_pictures_without_classes_and_a_token_that_rests(trained, tmp_path):
     """A flat folder trains and samples without classes; --token-lr scales the embedding's learning rate alone."""
     data, out = ["--data", trained / "data" / "3"], ["--out", tmp_path]
-    command("train_stage1.py", *data, *out, *QUICK1, "--batch", 2, "--encoder", trained / "out" / "prior.pt", "--token-lr", 0)
+    inside("train_stage1.py", *data, *out, *QUICK1, "--batch", 2, "--encoder", trained / "out" / "prior.pt", "--token-lr", 0)
     content, prior = one.load_checkpoint(tmp_path / "stage1.pt", ["stage1"]), one.encoder(trained / "out" / "prior.pt")
     assert torch.equal(content["tokenizer"]["state"]["embedding"], prior.cls_token) and content["decoder"]["state"]["patch_out.weight"].abs().max() > 0
-    command("train_stage2.py", *data, *out, *QUICK2, "--batch", 2)
+    inside("train_stage2.py", *data, *out, *QUICK2, "--batch", 2)
     assert RepTok.load(tmp_path / "stage2.pt").mixer.label is None
-    command("sample.py", "--ckpt", tmp_path / "stage2.pt", "--per-class", 3, "--steps", 2, "--out", tmp_path / "s.png")
+    inside("sample.py", "--ckpt", tmp_path / "stage2.pt", "--per-class", 3, "--steps", 2, "--out", tmp_path / "s.png")
     assert Image.open(tmp_path / "s.png").size == (3 * 64, 64)
 
 
@@ -877,10 +885,10 @@ def test_killed_and_continued_equals_never_stopped(trained, tmp_path, script, wo
     stage, results = script[6:12], {}
     for name in ("whole", "killed"):
         out = tmp_path / name
-        args = ["--data", trained / "data", "--out", out, "--steps", 18, "--batch", 8, "--log-every", 1, "--save-every", 3, "--device", "cpu",
+        args = ["--data", trained / "data", "--out", out, "--steps", 18, "--batch", 8, "--log-every", 1, "--save-every", 6, "--device", "cpu",
                 *(["--encoder", trained / "out" / "prior.pt"] if stage == "stage1" else ["--stage1", trained / "out" / "stage1.pt"])]
         if name == "killed":
-            stop_at(launch(script, *args, world=world), out / f"{stage}.jsonl", 5, signal.SIGKILL)
+            stop_at(launch(script, *args, world=world), out / f"{stage}.jsonl", 8, signal.SIGKILL)
             assert not (out / f"{stage}.pt").exists() or one.load_checkpoint(out / f"{stage}.pt", [stage])["step"] < 18
         done = launch(script, *args, world=world)
         output = done.communicate(timeout=200)
@@ -1260,15 +1268,15 @@ def test_text_to_image_commands(trained, tmp_path, monkeypatch, capsys):
     """Words trained along, features made beforehand, CLIP; prompts, features and refusals."""
     write_pairs(tmp_path)
     stage1 = ["--stage1", trained / "out" / "stage1.pt"]
-    command("train_stage2.py", "--captions", tmp_path / "shards", "--out", tmp_path / "words", *stage1, *QUICK2)
+    inside("train_stage2.py", "--captions", tmp_path / "shards", "--out", tmp_path / "words", *stage1, *QUICK2)
     ckpt, whole = tmp_path / "words" / "stage2.pt", losses(tmp_path / "words" / "stage2.jsonl")
     ckpt.unlink()  # goes on from the one before it, of step 3: Mixer and text encoder
-    command("train_stage2.py", "--captions", tmp_path / "shards", "--out", tmp_path / "words", *stage1, *QUICK2)
+    inside("train_stage2.py", "--captions", tmp_path / "shards", "--out", tmp_path / "words", *stage1, *QUICK2)
     assert losses(tmp_path / "words" / "stage2.jsonl") == whole and len(whole) == 6
     (tmp_path / "prompts.txt").write_text("a red 7\n\non black, a grey 3\n")
-    command("sample.py", "--ckpt", ckpt, "--prompts", tmp_path / "prompts.txt", "--per-class", 2, "--steps", 2, "--out", tmp_path / "p.png")
+    inside("sample.py", "--ckpt", ckpt, "--prompts", tmp_path / "prompts.txt", "--per-class", 2, "--steps", 2, "--out", tmp_path / "p.png")
     assert Image.open(tmp_path / "p.png").size == (2 * 64, 2 * 64)
-    command("sample.py", "--ckpt", ckpt, "--prompt", "a red 7 on white", "--prompt", "on black, a grey 3", "--per-class", 3, "--steps", 2, "--cfg", 3,
+    inside("sample.py", "--ckpt", ckpt, "--prompt", "a red 7 on white", "--prompt", "on black, a grey 3", "--per-class", 3, "--steps", 2, "--cfg", 3,
             "--out", tmp_path / "p.png")
     assert Image.open(tmp_path / "p.png").size == (3 * 64, 2 * 64)
     assert fid.sha256(tmp_path / "shards") != fid.sha256(tmp_path / "pairs")  # a folder of shards is a reference too
@@ -1282,9 +1290,9 @@ def test_text_to_image_commands(trained, tmp_path, monkeypatch, capsys):
         for path in sorted((tmp_path / "pairs").glob("*")):
             tar.add(path, path.name)
     for out, source in (("made", "pairs"), ("tarred", "with.tar")):
-        command("train_stage2.py", "--captions", tmp_path / source, "--out", tmp_path / out, *stage1, *QUICK2)
+        inside("train_stage2.py", "--captions", tmp_path / source, "--out", tmp_path / out, *stage1, *QUICK2)
     assert losses(tmp_path / "made" / "stage2.jsonl") == losses(tmp_path / "tarred" / "stage2.jsonl")
-    command("sample.py", "--ckpt", tmp_path / "made" / "stage2.pt", "--features", tmp_path / "pairs" / "00.npz", "--steps", 2, "--out", tmp_path / "f.png")
+    inside("sample.py", "--ckpt", tmp_path / "made" / "stage2.pt", "--features", tmp_path / "pairs" / "00.npz", "--steps", 2, "--out", tmp_path / "f.png")
     np.savez(tmp_path / "padded.npz", features=np.ones((5, 6)), mask=np.arange(5) < 2)
     args = one.argparse.Namespace(prompt=None, prompts=None, features=[tmp_path / "pairs" / "00.npz", tmp_path / "padded.npz"], classes=None)
     got = sample.conditions_of(RepTok.load(tmp_path / "made" / "stage2.pt"), args)

@@ -559,7 +559,7 @@ def load_checkpoint(path, kinds):
             raise
         print(f"{e}; going on from {previous}", file=sys.stderr)
         content = tok.read_file(previous)
-    kind = content.get("kind", "the authors'" if "state_dict" in content else None) if isinstance(content, dict) else None
+    kind = content.get("kind", "the authors' RepTok" if "state_dict" in content else None) if isinstance(content, dict) else None
     if kind not in kinds:
         raise UserError(f"{path}: not a checkpoint of {' or '.join(kinds)}" + (f" but of {tok.plain(kind)}" if isinstance(kind, str) else "") +
                         "; give the right file")
