@@ -659,12 +659,12 @@ def test_samples_do_not_depend_on_the_batch(trained):
 
 def test_sample_commands(trained, tmp_path):
     ckpt, some = trained / "out" / "stage2.pt", sorted((trained / "data").rglob("*.png"))[:2]
-    command("sample.py", "--ckpt", ckpt, "--classes", "3", "7", "--per-class", 4, "--steps", 2, "--out", tmp_path / "s.png")
+    inside("sample.py", "--ckpt", ckpt, "--classes", "3", "7", "--per-class", 4, "--steps", 2, "--out", tmp_path / "s.png")
     assert Image.open(tmp_path / "s.png").size == (4 * 64, 2 * 64)
-    command("sample.py", "--ckpt", trained / "out" / "stage1.pt", "--reconstruct", *some, "--steps", 2, "--out", tmp_path / "r.png")
+    inside("sample.py", "--ckpt", trained / "out" / "stage1.pt", "--reconstruct", *some, "--steps", 2, "--out", tmp_path / "r.png")
     assert Image.open(tmp_path / "r.png").size == (2 * 64, 2 * 64)
-    command("sample.py", "--ckpt", ckpt, "--interpolate", *some, "--steps", 2, "--out", tmp_path / "i.png")
-    command("sample.py", "--ckpt", ckpt, "--export", tmp_path / "small.pt")
+    inside("sample.py", "--ckpt", ckpt, "--interpolate", *some, "--steps", 2, "--out", tmp_path / "i.png")
+    inside("sample.py", "--ckpt", ckpt, "--export", tmp_path / "small.pt")
     a, b = RepTok.load(ckpt), RepTok.load(tmp_path / "small.pt")
     c = torch.arange(3)
     assert torch.equal(a.generate(c, steps=2), b.generate(c, steps=2)) and (tmp_path / "small.pt").stat().st_size < ckpt.stat().st_size / 2
@@ -773,7 +773,7 @@ def test_two_ranks_equal_one_process(trained, tmp_path):
 def test_fine_tuning_from_a_checkpoint(trained, tmp_path):
     """--init starts at the averaged weights of the other run, and trains the embedding and the decoder, not the ViT."""
     start = trained / "out" / "stage1.pt"
-    command("train_stage1.py", "--init", start, "--data", trained / "data", "--out", tmp_path, "--steps", 3, "--batch", 8, "--log-every", 1, "--device", "cpu")
+    inside("train_stage1.py", "--init", start, "--data", trained / "data", "--out", tmp_path, "--steps", 3, "--batch", 8, "--log-every", 1, "--device", "cpu")
     a, b = RepTok.load(start), one.load_checkpoint(tmp_path / "stage1.pt", ["stage1"])
     assert torch.equal(a.tokenizer.vit.norm.weight, b["tokenizer"]["state"]["vit.norm.weight"])
     for was, now in ((a.tokenizer.embedding, b["tokenizer"]["state"]["embedding"]), (a.decoder.merge.weight, b["decoder"]["state"]["merge.weight"])):
@@ -1003,7 +1003,7 @@ def test_cache_is_what_the_networks_give(trained, small_vae, tmp_path):
     """The file of --cache holds posteriors and original tokens, both mirrored; a run on it equals one without to float16's accuracy."""
     args = ["--data", trained / "data", *QUICK1, "--vae", small_vae, "--pixels", 64, "--flip", "--encoder", trained / "out" / "prior.pt"]
     for out, more in (("with", ["--cache"]), ("without", ["--no-cache"])):
-        command("train_stage1.py", "--out", tmp_path / out, *args, *more)
+        inside("train_stage1.py", "--out", tmp_path / out, *args, *more)
     a, b = (losses(tmp_path / out / "stage1.jsonl") for out in ("with", "without"))
     assert all(abs(a[step] - b[step]) < 5e-3 * b[step] for step in range(1, 7)) and a != b
     rows = np.load(next((tmp_path / "with").glob("cache-*.npy")))
