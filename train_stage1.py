@@ -87,7 +87,7 @@ def cached_targets(args, stage1, vae, pictures, ranks):
 
     def targets(x, indices, mirror):
         found = rows[indices.numpy()]
-        views = [torch.from_numpy(found[name].copy()) for name, _ in fields]        # each (b,V,...)
+        views = [torch.from_numpy(found[name].copy()) for name, _ in fields]                       # each (b,V,...)
         views = [(u.pin_memory() if ranks.device.type == "cuda" else u).to(ranks.device, non_blocking=True).float() for u in views]
         return [u[torch.arange(len(u), device=u.device), mirror.long()] for u in views]
 
