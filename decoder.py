@@ -244,8 +244,7 @@ class Level(nn.Module):
     def __init__(self, channels, out, blocks, scale):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(channels if i == 0 else out, out) for i in range(blocks))
-        conv = nn.Module()
-        conv.conv = nn.Conv2d(out, out, 3, stride=2) if scale < 0 else nn.Conv2d(out, out, 3, padding=1)
+        conv = nn.ModuleDict({"conv": nn.Conv2d(out, out, 3, stride=2) if scale < 0 else nn.Conv2d(out, out, 3, padding=1)})
         self.downsamplers = nn.ModuleList([conv] if scale < 0 else [])
         self.upsamplers = nn.ModuleList([conv] if scale > 0 else [])
 
@@ -280,20 +279,13 @@ class VAEHalf(nn.Module):
         last, n = len(channels) - 1, 2 if encoder else 3
         levels = nn.ModuleList(Level(a, b, n, 0 if i == last else -1 if encoder else 1) for i, (a, b) in enumerate(zip(widths, widths[1:])))
         self.conv_in, self.mid_block = nn.Conv2d(inputs, widths[0], 3, padding=1), Middle(channels[-1])
-        setattr(self, "down_blocks" if encoder else "up_blocks", levels)
+        self.down_blocks, self.up_blocks = (levels, nn.ModuleList()) if encoder else (nn.ModuleList(), levels)
         self.conv_norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        if hasattr(self, "down_blocks"):
-            for level in self.down_blocks:
-                x = level(x)
-            x = self.mid_block(x)
-        else:
-            x = self.mid_block(x)
-            for level in self.up_blocks:
-                x = level(x)
+        for part in (self.conv_in, *self.down_blocks, self.mid_block, *self.up_blocks):
+            x = part(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -338,10 +330,6 @@ class PixelSpace(nn.Module):
         """The mean."""
         return mean
 
-    def encode(self, x, noise=None):
-        """(B,3,H,W) -> the same."""
-        return x
-
     def decode(self, latents):
         """(B,3,H,W) -> the same."""
         return latents
@@ -352,26 +340,19 @@ class PixelSpace(nn.Module):
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-            "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
-            "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+STORAGES = {("torch", f"{kind}Storage"): dtype for kind, dtype in dict(
+    Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64, Int=torch.int32,
+    Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
 
 
 class Inert(dict):
     """Stands for every class and function that a pickle names: takes any argument, keeps its state as its items, runs nothing."""
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
 
     def __init__(self, *args, **kwargs):
         super().__init__()
 
     def __call__(self, *args, **kwargs):
         return Inert()
-
-    def __setstate__(self, state):
-        for part in state if isinstance(state, tuple) else (state,):
-            self.update(part if isinstance(part, dict) else {})
 
     def append(self, item):
         """A pickled subclass of list ends here; nobody reads it."""
@@ -395,9 +376,10 @@ class SafeUnpickler(pickle._Unpickler):
         self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
     def load_build(self):
-        state = self.stack.pop()
-        if isinstance(self.stack[-1], Inert):  # on anything else a state could replace methods or enlarge a storage
-            self.stack[-1].__setstate__(state)
+        state, node = self.stack.pop(), self.stack[-1]
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(node, Inert) and isinstance(part, dict):  # on anything else a state could replace methods or enlarge a storage
+                node.update(part)
 
     def hashing(load, keys):
         def checked(self):
@@ -412,11 +394,9 @@ class SafeUnpickler(pickle._Unpickler):
         dispatch[code[0]] = hashing(dispatch[code[0]], keys)
 
     def find_class(self, module, name):
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        allowed = {("collections", "OrderedDict"): lambda *_: OrderedDict(), ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
-                   ("torch._utils", "_rebuild_parameter"): lambda data, *_: data, ("torch", "Size"): tuple}
-        return allowed.get((module, name), Inert)
+        known = STORAGES | {("collections", "OrderedDict"): lambda *_: OrderedDict(), ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
+                            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data, ("torch", "Size"): tuple}
+        return known.get((module, name), Inert)
 
     def persistent_load(self, pid):
         _, dtype, key, _, numel = pid[:5]
@@ -492,12 +472,10 @@ def read_file(path):
             return read_zip(path)
         if magic[8:] == b"{":
             return read_safetensors(path)
-        raise UserError(f"{path}: neither a .safetensors nor a torch file; one from before torch 1.6 has to be saved again by a newer torch")
-    except UserError:
-        raise
     except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
         reason = plain(str(e).split("\n")[0], 120) or type(e).__name__
         raise UserError(f"{path}: not a readable weight file, or cut short ({reason}); get it again") from None
+    raise UserError(f"{path}: neither a .safetensors nor a torch file; one from before torch 1.6 has to be saved again by a newer torch")
 
 
 def flatten(node, prefix="", seen=None):

@@ -129,7 +129,7 @@ def guided(mixer, classes=None, text=None, mask=None, scale=1.5, interval=(0.3, 
     both = [u if u is None else torch.cat([u, none]) for u, none in zip((classes, text, mask), null)]
 
     def velocity(z, t):
-        if scale == 1 or classes is None and text is None or not interval[0] <= t.item() <= interval[1]:
+        if scale == 1 or classes is None and text is None or not interval[0] <= t <= interval[1]:
             return mixer(z, t, classes, text, mask)
         c, u = mixer(z.repeat(2, 1, 1), t, *both).chunk(2)
         return u + scale * (c - u)

@@ -156,7 +156,9 @@ class RepTok:
 def text_from(stored, state, path):
     """The text encoder of a checkpoint. Raises UserError."""
     if "vocabulary" not in stored["config"]:
-        return tok.fit(WordEncoder(**stored["config"]), state, path, "a text encoder")
+        with torch.device("meta"):  # before anything takes memory
+            text = WordEncoder(**stored["config"])
+        return tok.fit(text, state, path, "a text encoder")
     shape = {k.removeprefix("tower."): v.shape for k, v in state.items()}
     (vocabulary, width), context = shape["token_embedding.weight"], len(state["tower.positional_embedding"])
     with torch.device("meta"):
@@ -248,7 +250,7 @@ def conditions_of(model, args):
     if args.classes:
         raise UserError("--classes: this checkpoint was trained on captions; give --prompt")
     for prompt in prompts:
-        if model.text is not None and model.text.cut(prompt):
+        if model.text is not None and len(model.text.split(prompt)) > model.text.context:
             print(f"--prompt {prompt[:60]!r}... is too long and was cut")
     text, mask = model.prompts(prompts)
     return {"text": text, "mask": mask}

@@ -104,8 +104,7 @@ class ViT(nn.Module):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.patch, self.grid, self.position, self.pixels, self.checkpointing = patch, grid, position, pixels, False
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, width, patch, patch, bias=patch_bias)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch, bias=patch_bias)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
@@ -125,7 +124,7 @@ class ViT(nn.Module):
         """Position embedding of an h x w grid of patches, (1,h*w,D); resized on the CPU, once a size while it is frozen."""
         if h == w == self.grid:
             return self.pos_embed[:, 1:]
-        version = (self.pos_embed.data_ptr(), self.pos_embed._version)
+        version = (self.pos_embed.data_ptr(), None if self.pos_embed.is_inference() else self.pos_embed._version)
         if not self.pos_embed.requires_grad and self._resized.get((h, w), (None,))[0] == version:
             return self._resized[h, w][1]
         n = self.grid
@@ -268,26 +267,19 @@ def pretrain(vit, batches, seed=0, lr=1e-3, classes=0):
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-            "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
-            "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+STORAGES = {("torch", f"{kind}Storage"): dtype for kind, dtype in dict(
+    Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64, Int=torch.int32,
+    Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
 
 
 class Inert(dict):
     """Stands for every class and function that a pickle names: takes any argument, keeps its state as its items, runs nothing."""
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
 
     def __init__(self, *args, **kwargs):
         super().__init__()
 
     def __call__(self, *args, **kwargs):
         return Inert()
-
-    def __setstate__(self, state):
-        for part in state if isinstance(state, tuple) else (state,):
-            self.update(part if isinstance(part, dict) else {})
 
     def append(self, item):
         """A pickled subclass of list ends here; nobody reads it."""
@@ -311,9 +303,10 @@ class SafeUnpickler(pickle._Unpickler):
         self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
     def load_build(self):
-        state = self.stack.pop()
-        if isinstance(self.stack[-1], Inert):  # on anything else a state could replace methods or enlarge a storage
-            self.stack[-1].__setstate__(state)
+        state, node = self.stack.pop(), self.stack[-1]
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(node, Inert) and isinstance(part, dict):  # on anything else a state could replace methods or enlarge a storage
+                node.update(part)
 
     def hashing(load, keys):
         def checked(self):
@@ -328,11 +321,9 @@ class SafeUnpickler(pickle._Unpickler):
         dispatch[code[0]] = hashing(dispatch[code[0]], keys)
 
     def find_class(self, module, name):
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        allowed = {("collections", "OrderedDict"): lambda *_: OrderedDict(), ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
-                   ("torch._utils", "_rebuild_parameter"): lambda data, *_: data, ("torch", "Size"): tuple}
-        return allowed.get((module, name), Inert)
+        known = STORAGES | {("collections", "OrderedDict"): lambda *_: OrderedDict(), ("torch._utils", "_rebuild_tensor_v2"): self.tensor,
+                            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data, ("torch", "Size"): tuple}
+        return known.get((module, name), Inert)
 
     def persistent_load(self, pid):
         _, dtype, key, _, numel = pid[:5]
@@ -408,12 +399,10 @@ def read_file(path):
             return read_zip(path)
         if magic[8:] == b"{":
             return read_safetensors(path)
-        raise UserError(f"{path}: neither a .safetensors nor a torch file; one from before torch 1.6 has to be saved again by a newer torch")
-    except UserError:
-        raise
     except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
         reason = plain(str(e).split("\n")[0], 120) or type(e).__name__
         raise UserError(f"{path}: not a readable weight file, or cut short ({reason}); get it again") from None
+    raise UserError(f"{path}: neither a .safetensors nor a torch file; one from before torch 1.6 has to be saved again by a newer torch")
 
 
 def flatten(node, prefix="", seen=None):
@@ -463,39 +452,32 @@ def fit(module, tensors, path, what):
 
 # ---- Encoders: a layout is a table of renamings into DINOv2's names
 
-HF_VIT = [(r"^(vit|dinov2|dinov2_with_registers)\.", ""), (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
-          (r"^embeddings\.position_embeddings", "pos_embed"), (r"^embeddings\.(cls_token|mask_token|register_tokens)", r"\1"),
-          (r"^(encoder\.)?layers?\.", "blocks."), (r"attention\.attention\.(query|key|value)\.", r"attn.\1."),
-          (r"attention\.(q|k|v)_proj\.", r"attn.\1."), (r"attention\.(output\.dense|o_proj)", "attn.proj"),
+HF_VIT = [(r"^((vit|dinov2|dinov2_with_registers)\.)?(embeddings\.)?", ""), (r"^patch_embeddings\.projection", "patch_embed.proj"),
+          (r"^position_embeddings", "pos_embed"), (r"^(encoder\.)?layers?\.", "blocks."),
+          (r"attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.", r"attn.\2."), (r"attention\.(output\.dense|o_proj)", "attn.proj"),
           (r"layer_scale([12])\.lambda1", r"ls\1.gamma"), (r"layernorm_before", "norm1"), (r"layernorm_after", "norm2"),
           (r"intermediate\.dense", "mlp.fc1"), (r"(blocks\.\d+)\.output\.dense", r"\1.mlp.fc2"), (r"^layernorm\.", "norm.")]
 OFFICIAL_VIT = [(r"^(module|backbone|teacher\.backbone)\.", ""), (r"^blocks\.\d+\.(\d+\.)", r"blocks.\1")]  # block chunks of training files
 CLIP_BLOCK = [(r"(transformer\.resblocks|encoder\.layers)\.", "blocks."), (r"attn\.in_proj_", "attn.qkv."), (r"self_attn\.(q|k|v)_proj\.", r"attn.\1."),
               (r"(self_)?attn\.out_proj", "attn.proj"), (r"\.(ln_|layer_norm)([12])\.", r".norm\2."), (r"mlp\.c_fc", "mlp.fc1"), (r"mlp\.c_proj", "mlp.fc2")]
-CLIP_IMAGE = [(r"^(visual|vision_model)\.", ""), (r"^conv1\.", "patch_embed.proj."), (r"^class_embedding", "cls_token"), (r"^positional_embedding", "pos_embed"),
-              (r"^embeddings\.patch_embedding\.", "patch_embed.proj."), (r"^embeddings\.class_embedding", "cls_token"),
-              (r"^embeddings\.position_embedding\.weight", "pos_embed"), (r"^(ln_pre|pre_layrnorm)\.", "norm_pre."), (r"^(ln_post|post_layernorm)\.", "norm."),
-              *CLIP_BLOCK]
+CLIP_IMAGE = [(r"^(visual|vision_model)\.(embeddings\.)?", ""), (r"^(conv1|patch_embedding)\.", "patch_embed.proj."), (r"^class_embedding", "cls_token"),
+              (r"^position(al_embedding|_embedding\.weight)", "pos_embed"), (r"^(ln_pre|pre_layrnorm)\.", "norm_pre."),
+              (r"^(ln_post|post_layernorm)\.", "norm."), *CLIP_BLOCK]
 # what a file holds beside the image encoder
 IGNORED = r"mask_token$|^decoder|position_ids$|^head\.|^pooler\.|^(visual\.)?proj$"
 
 
 def rename(tensors, table):
     """Apply a layout's (pattern, replacement) pairs to every name, then join q, k and v, which some layouts keep apart."""
-    out, parts = {}, {}
+    out = {}
     for name, tensor in tensors.items():
         for pattern, replacement in table:
             name = re.sub(pattern, replacement, name)
-        apart = re.fullmatch(r"(.*attn)\.(q|k|v|query|key|value)\.(weight|bias)", name)
-        if apart:
-            parts.setdefault(f"{apart[1]}.qkv.{apart[3]}", {})[apart[2][0]] = tensor
-        else:
-            out[name] = tensor
-    for name, qkv in parts.items():
-        if set(qkv) == set("qkv") and len({t.shape for t in qkv.values()}) == 1 and qkv["q"].ndim:
-            out[name] = torch.cat([qkv["q"], qkv["k"], qkv["v"]])
-        else:
-            out[f"{name} ({', '.join(sorted(qkv))} alone)"] = next(iter(qkv.values()))
+        out[name] = tensor
+    for name in [name for name in out if "attn.q." in name]:
+        parts = [name.replace("attn.q.", f"attn.{part}.") for part in "qkv"]
+        if all(part in out and out[part].shape == out[name].shape != () for part in parts):
+            out[name.replace("attn.q.", "attn.qkv.")] = torch.cat([out.pop(part) for part in parts])
     return out
 
 
@@ -506,22 +488,22 @@ def heads_of(width):
 
 def vit_from(tensors, path):
     """A ViT of the shapes found in `tensors`, named in any layout that the README lists; frozen. Raises UserError."""
-    clip = next((p for p in ("visual.", "vision_model.") if f"{p}{'class_embedding' if p == 'visual.' else 'embeddings.class_embedding'}" in tensors), None)
+    clip = "visual.class_embedding" in tensors or "vision_model.embeddings.class_embedding" in tensors
     if clip:
-        tensors = rename({k: v for k, v in tensors.items() if k.startswith(clip)}, CLIP_IMAGE)
-    else:
-        hf = any("embeddings.cls_token" in k for k in tensors)
-        tensors = rename(tensors, HF_VIT if hf else OFFICIAL_VIT)
-    tensors = {k: v for k, v in tensors.items() if not re.search(IGNORED, k)}
-    blocks = [int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", k) for k in tensors) if m]
+        tensors = {k: v for k, v in tensors.items() if k.startswith(("visual.", "vision_model."))}
+    table = CLIP_IMAGE if clip else HF_VIT if any("embeddings.cls_token" in k for k in tensors) else OFFICIAL_VIT
+    tensors = {k: v for k, v in rename(tensors, table).items() if not re.search(IGNORED, k)}
     shape = {k: tuple(v.shape) for k, v in tensors.items()}
     pos, proj, fc1 = shape.get("pos_embed", ()), shape.get("patch_embed.proj.weight", ()), shape.get("blocks.0.mlp.fc1.weight", ())
     config = {"width": 768, "depth": 12, "patch": 14, "grid": 37, "heads": 12}  # only to name what is missing
     if (2 <= len(pos) <= 3 and 0 not in pos and len(proj) == 4 and 0 not in proj and len(fc1) == 2 and "cls_token" in tensors
             and len(shape.get("register_tokens", (1, 0, 0))) == 3):
         scaled, width, grid = "blocks.0.ls1.gamma" in tensors, pos[-1], math.isqrt(max(pos[-2] - 1, 0))
-        config = {"width": width, "depth": len(set(blocks)), "heads": heads_of(width), "hidden": fc1[0], "patch": proj[-1], "grid": grid,
-                  "registers": shape.get("register_tokens", (1, 0, 0))[1], "layer_scale": scaled, "pre_norm": bool(clip), "quick_gelu": bool(clip),
+        if width % heads_of(width):
+            raise UserError(f"{path}: an image encoder {width} wide has no heads of 64 or 32; give a published DINOv2, MAE or CLIP")
+        depth = len({k.split(".")[1] for k in tensors if k.startswith("blocks.")})
+        config = {"width": width, "depth": depth, "heads": heads_of(width), "hidden": fc1[0], "patch": proj[-1], "grid": grid,
+                  "registers": shape.get("register_tokens", (1, 0, 0))[1], "layer_scale": scaled, "pre_norm": clip, "quick_gelu": clip,
                   "patch_bias": not clip, "eps": 1e-5 if clip else 1e-6, "pixels": 16 * proj[-1] if scaled else grid * proj[-1],
                   "position": "offset" if scaled and "register_tokens" not in tensors else "size"}
         config["mean"], config["std"] = CLIP if clip else IMAGENET
@@ -618,13 +600,13 @@ class BPE:
     context = 77
 
     def __init__(self, vocab_path):
+        self.path = "the vocabulary in the checkpoint" if isinstance(vocab_path, bytes) else vocab_path
         try:
             self.file = vocab_path if isinstance(vocab_path, bytes) else Path(vocab_path).read_bytes()  # a checkpoint keeps it
-            vocab_path = "the vocabulary in the checkpoint" if isinstance(vocab_path, bytes) else vocab_path
             with gzip.open(io.BytesIO(self.file)) as f:
                 lines = f.read(1 << 24).decode().removesuffix("\n").split("\n")  # the real one has 3.2 MB; a bomb ends here
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as e:
-            raise UserError(f"{vocab_path} is not a whole gzip file of CLIP's byte-pair vocabulary ({e}); get bpe_simple_vocab_16e6.txt.gz again") from None
+            raise UserError(f"{self.path} is not a whole gzip file of CLIP's byte-pair vocabulary ({e}); get bpe_simple_vocab_16e6.txt.gz again") from None
         # Ids 0..255 are the bytes, printable ones first; the file writes the others as the characters from 256 on.
         order = [*range(33, 127), *range(161, 173), *range(174, 256)]
         order += sorted({*range(256)} - {*order})
@@ -634,10 +616,10 @@ class BPE:
         for number, line in enumerate(lines[1:48895], 2):  # CLIP uses 49152-256-2 of the 262144
             pair, joined = tuple(ids.get(s) for s in line.split(" ")), line.replace(" ", "")
             if len(pair) != 2 or None in pair or joined in ids:
-                raise UserError(f"{vocab_path} is not CLIP's byte-pair vocabulary: line {number} joins no two known symbols")
+                raise UserError(f"{self.path} is not CLIP's byte-pair vocabulary: line {number} joins no two known symbols")
             ids[joined] = self.merges[pair] = len(ids)
         if not self.merges:
-            raise UserError(f"{vocab_path} is not CLIP's byte-pair vocabulary: it has no merges")
+            raise UserError(f"{self.path} is not CLIP's byte-pair vocabulary: it has no merges")
         self.start, self.end, self.size = len(ids), len(ids) + 1, len(ids) + 2
 
     @lru_cache(1 << 16)  # captions repeat their words
@@ -671,12 +653,8 @@ class BPE:
 
     def __call__(self, strings):
         strings = [strings] if isinstance(strings, str) else strings
-        out = torch.zeros(len(strings), self.context, dtype=torch.long)
-        for row, text in zip(out, strings):
-            ids = self.encode(text)
-            ids = ids[:-1][:self.context - 1] + ids[-1:]
-            row[:len(ids)] = torch.tensor(ids)
-        return out
+        rows = [(ids[:-1][:self.context - 1] + ids[-1:] + [0] * self.context)[:self.context] for ids in map(self.encode, strings)]
+        return torch.tensor(rows, dtype=torch.long).view(-1, self.context)
 
 
 class TextTower(nn.Module):
@@ -716,10 +694,9 @@ def load_text_encoder(path):
     tensors = rename({k: v for k, v in read_tensors(path).items() if not re.search(NOT_TEXT, k)}, CLIP_TEXT)
     if "text_projection.weight" in tensors and tensors["text_projection.weight"].ndim == 2:  # a Linear's; square in B/16, where a missed transpose would load
         tensors["text_projection"] = tensors.pop("text_projection.weight").t().contiguous()
-    shape = {k: tuple(v.shape) for k, v in tensors.items()}
-    flat = lambda name, usual: shape[name] if len(shape.get(name, ())) == 2 else usual  # the usual only to name what is missing
-    vocabulary, width = flat("token_embedding.weight", (49408, 512))
-    context, out = flat("positional_embedding", (77, width))[0], flat("text_projection", (width, width))[1]
+    shape = {"token_embedding.weight": (49408, 512), "positional_embedding": (77, 512), "text_projection": (512, 512)}  # to name what is missing
+    shape |= {k: v.shape for k, v in tensors.items() if k in shape and v.ndim == 2}
+    (vocabulary, width), (context, _), (_, out) = shape.values()
     if width % 32:
         raise UserError(f"{path}: a text tower {width} wide has no heads of 64 or 32; give a published CLIP")
     depth = len({k.split(".")[1] for k in tensors if k.startswith("blocks.")})
@@ -748,16 +725,9 @@ class WordEncoder(nn.Module):
         """Words, numbers and marks of a caption, in small letters."""
         return re.findall(r"\w+|[^\w\s]", caption.lower())
 
-    def cut(self, caption):
-        """Whether the caption is too long."""
-        return len(self.split(caption)) > self.context
-
     def ids(self, captions):
-        rows = [[self.number.get(word, 1) for word in self.split(c)[:self.context]] for c in captions]
-        ids = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, :len(row)] = torch.tensor(row)
-        return ids
+        rows = [[self.number.get(word, 1) for word in self.split(c)[:self.context]] or [0] for c in captions]
+        return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
     def mask(self, ids):
         """Where words stand, (B,L) bool."""
@@ -776,13 +746,10 @@ class ClipText(nn.Module):
     def __init__(self, tower, vocabulary):
         super().__init__()
         self.tower, self.bpe, self.width = tower, BPE(vocabulary), tower.positional_embedding.shape[1]
+        self.split, self.context = self.bpe.encode, self.bpe.context
         if self.bpe.size != tower.token_embedding.num_embeddings:
-            raise UserError(f"{vocabulary}: a vocabulary of {self.bpe.size}, and the text tower has {tower.token_embedding.num_embeddings}; "
+            raise UserError(f"{self.bpe.path}: a vocabulary of {self.bpe.size}, and the text tower has {tower.token_embedding.num_embeddings}; "
                             f"use bpe_simple_vocab_16e6.txt.gz")
-
-    def cut(self, caption):
-        """Whether the caption is too long."""
-        return len(self.bpe.encode(caption)) > self.bpe.context
 
     def ids(self, captions):
         ids = self.bpe(captions)

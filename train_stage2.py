@@ -168,7 +168,8 @@ def bench(args, ranks):
     nano, device = args.size == "nano", ranks.device
     n, D = args.batch if nano or device.type == "cuda" else min(args.batch, 32), 128 if nano else 768
     shape = SIZES[args.size]["mixer"]
-    mixer = Mixer(1, D, **shape, classes=10 if nano else 1000, channel_hidden=args.channel_expansion * shape["hidden"]).to(device)
+    mixer = Mixer(1, D, **shape, classes=10 if nano else 1000, token_hidden=3 * args.token_expansion,
+                  channel_hidden=args.channel_expansion * shape["hidden"]).to(device)
     z, t, c = torch.randn(n, 1, D, device=device), torch.rand(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
     stage2 = Stage2(mixer)
     net, optimizer = torch.compile(stage2) if args.compile else stage2, torch.optim.AdamW(mixer.parameters(), fused=True)
