@@ -372,14 +372,20 @@ def measure(source, net, batch=50, workers=8):
     return stats.reduce()
 
 
-def record(metric, value, n_real, n_fake, reference, preprocessing=None, weights=None, digest=None):
-    """Print a score's line and return the same as a dict for JSON; `weights` holds SHA-256s, `reference` is a path, `digest` its SHA-256."""
+def record(metric, value, n_real, n_fake, reference, digest, preprocessing=None, weights=None):
+    """Print a score's line and return the same as a dict for JSON; `digest` is the SHA-256 of `reference`, `weights` those of the networks."""
     versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in ("torch", "numpy", "scipy", "pillow")}
     made = {"metric": metric, "value": value if math.isfinite(value) else str(value), "n_real": n_real or "unknown",
             "n_fake": n_fake or "unknown", "preprocessing": preprocessing, "weights_sha256": weights,
-            "reference": f"{reference}", "reference_sha256": digest or sha256(reference), "versions": versions}
+            "reference": f"{reference}", "reference_sha256": digest, "versions": versions}
     print(f"{metric} {value:.6f}", *(f"{k} {v}" for k, v in list(made.items())[2:] if v is not None), sep="  ", flush=True)
     return made
+
+
+def record_pairs(total, lpips, reference, digest):
+    """Records of the means of pair_scores in `total`, a Statistics(3); of LPIPS only where there is an `lpips`."""
+    return [record(metric, value, total.n, total.n, reference, digest, weights=net and net.sha256)
+            for metric, value, net in zip(("PSNR", "SSIM", "LPIPS"), total.mu.tolist(), (None, None, lpips)) if net or metric != "LPIPS"]
 
 
 def write_file(path, write):
@@ -399,8 +405,7 @@ def pairs(real, fake, lpips, device):
     for (name, x), (_, y) in tqdm(zip(images(real), images(fake)), "pairs", len(a), leave=False, disable=None):
         with naming(f"{name} cannot be scored"):
             total.update(pair_scores(*(torch.from_numpy(v).to(device).permute(2, 0, 1)[None] for v in (x, y)), lpips))
-    return [record(metric, value, total.n, total.n, real, None, lpips.sha256 if metric == "LPIPS" else None)
-            for metric, value in zip(("PSNR", "SSIM", "LPIPS"), total.mu.tolist())]
+    return record_pairs(total, lpips, real, sha256(real))
 
 
 def options(argv=None):
@@ -437,7 +442,7 @@ def main(argv=None):
             if args.save_stats:
                 facts = {k: getattr(a, k) for k in ("n", "resize", "inception") if getattr(a, k)}
                 write_file(args.save_stats, lambda f: np.savez(f, mu=a.mu, sigma=a.cov, **facts))
-            made = [record("FID", fid(a, b), a.n, b.n, args.real, b.resize or a.resize, b.inception or a.inception) for b in others]
+            made = [record("FID", fid(a, b), a.n, b.n, args.real, sha256(args.real), b.resize or a.resize, b.inception or a.inception) for b in others]
         if args.json:
             write_file(args.json, lambda f: f.write(json.dumps(made, indent=1).encode() + b"\n"))
     except UserError as e:

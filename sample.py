@@ -25,8 +25,8 @@ import tokenizer as tok
 from decoder import Decoder, PixelSpace, VAE, euler, flow_loss, vae_from
 from mixer import Mixer, guided
 from tokenizer import ClipText, TextTower, Tokenizer, UserError, ViT, WordEncoder
-from train_stage1 import (Bins, Parser, Pictures, Ranks, damage, grid, load_checkpoint, noise_for, number, plausible, guarded, save_checkpoint, text_features,
-                          save_picture, whole)
+from train_stage1 import (Bins, Parser, Pictures, Ranks, damage, grid, guarded, load_checkpoint, make_folder, noise_for, number, plausible,
+                          save_checkpoint, save_picture, text_features, whole)
 
 
 class RepTok:
@@ -103,6 +103,11 @@ class RepTok:
             content["text"] = part(self.text)
         return content
 
+    def noise(self, seeds, mixer=False):
+        """Where the decoder's flow starts, (n,C,size,size), or the Mixer's, (n,K,D): one seed a picture, whatever the batch."""
+        size = self.decoder.config["size"]
+        return noise_for(seeds, (self.mixer.K, self.mixer.D) if mixer else (self.decoder.config["channels"], size, size), self.device, mixer)
+
     @torch.no_grad()
     def encode(self, images):
         """Images (B,3,H,W) in [-1,1], any size -> tokens (B,K,D)."""
@@ -114,8 +119,7 @@ class RepTok:
 
         noise (B,C,size,size): where the flow starts; by default picture i starts from seed i, whatever the batch.
         """
-        shape, images = (self.decoder.config["channels"], *[self.decoder.config["size"]] * 2), []
-        noise = noise_for(range(len(tokens)), shape, self.device) if noise is None else noise.to(self.device)
+        images, noise = [], self.noise(range(len(tokens))) if noise is None else noise.to(self.device)
         for z, x in zip(tokens.to(self.device).split(batch), noise.split(batch)):
             projected = self.decoder.project(z)
             x = euler(lambda x_t, t: self.decoder.velocity(x_t, self.decoder.condition(t), projected), x, steps)
@@ -146,7 +150,7 @@ class RepTok:
             raise UserError("say which classes: generate(classes), a tensor (B,) of their numbers")
         conditions = [u if u is None else u.to(self.device) for u in (classes if self.mixer.classes else None, text, mask)]
         count, tokens = len(noise if noise is not None else text if classes is None else classes), []
-        noise = noise_for(range(count), (self.mixer.K, self.mixer.D), self.device, mixer=True) if noise is None else noise.to(self.device)
+        noise = self.noise(range(count), mixer=True) if noise is None else noise.to(self.device)
         for i in range(0, count, batch):
             velocity = guided(self.mixer, *(u if u is None else u[i:i + batch] for u in conditions), scale=cfg, interval=cfg_interval)
             tokens.append(euler(velocity, noise[i:i + batch], steps) * self.std + self.mean)
@@ -204,6 +208,14 @@ def options():
     for one, other in (("vgg", "lpips"), ("clip", "bpe")):
         if bool(getattr(args, one)) != bool(getattr(args, other)):
             raise UserError(f"--{one} and --{other} go together: give both or neither")
+    for prompt in ("prompt", "prompts"):  # which may be given both
+        given = [name for name in ("eval", "export", "reconstruct", "interpolate", "classes", "features", prompt) if getattr(args, name)]
+        if len(given) > 1:
+            raise UserError(f"--{given[0]} and --{given[1]} do not go together; give one of them")
+    for name in ("out", "export", "json"):
+        path = getattr(args, name)
+        if path and (not Path(path).parent.is_dir() or Path(path).is_dir()):
+            raise UserError(f"--{name} {path}: not the path of a file in a folder that is there")
     return args
 
 
@@ -218,7 +230,7 @@ def class_numbers(model, wanted):
     for name in wanted:
         if name in model.classes:
             numbers.append(model.classes.index(name))
-        elif name.isdigit() and int(name) < count:
+        elif name.isdecimal() and int(name) < count:
             numbers.append(int(name))
         else:
             known = f"; by name: {', '.join(model.classes[:10])}" + (" ..." if len(model.classes) > 10 else "") if model.classes else ""
@@ -230,16 +242,14 @@ def conditions_of(model, args):
     """What the command line asks for, as arguments of `generate`: classes, or text and its mask. Raises UserError."""
     prompts = list(args.prompt or [])
     if args.prompts:
-        try:
+        with fid.naming(f"--prompts {args.prompts} cannot be read as text"):
             prompts += [line for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, ValueError) as e:
-            raise UserError(f"--prompts {args.prompts}: cannot be read as text ({e})") from None
     if args.features:
-        try:
+        with fid.naming("--features: not an .npz with features (L,C)"):
             rows = [text_features(path) for path in args.features]
-        except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
-            raise UserError(f"--features: not an .npz with features (L,C) ({e})") from None
         width = model.mixer.config["text_width"]
+        if not width:
+            raise UserError("--features: this checkpoint takes no text; give --classes")
         if any(features.shape[1] != width for features, _ in rows):
             raise UserError(f"--features: expected (L,{width}), as the checkpoint was trained with; got {[tuple(f.shape) for f, _ in rows]}")
         return {name: torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for name, part in zip(("text", "mask"), zip(*rows))}
@@ -247,8 +257,6 @@ def conditions_of(model, args):
         return {"classes": torch.tensor(class_numbers(model, args.classes))}
     if not prompts or any(not prompt.strip() for prompt in prompts):
         raise UserError("this checkpoint takes text: give --prompt with some words in it")
-    if args.classes:
-        raise UserError("--classes: this checkpoint was trained on captions; give --prompt")
     for prompt in prompts:
         if model.text is not None and len(model.text.split(prompt)) > model.text.context:
             print(f"--prompt {prompt[:60]!r}... is too long and was cut")
@@ -262,7 +270,7 @@ class ClipScore:
     def __init__(self, path, vocabulary, device):
         path = tok.weight_file(path)
         tensors = tok.read_tensors(path)
-        self.vit, self.text, self.bpe = tok.vit_from(tensors, path).to(device), tok.load_text_encoder(path).to(device), tok.BPE(vocabulary)
+        self.vit, self.text = tok.vit_from(tensors, path).to(device), ClipText(tok.load_text_encoder(path), vocabulary).to(device)
         proj = tensors["visual.proj"] if "visual.proj" in tensors else tensors["visual_projection.weight"].T
         self.proj, self.mean, self.std = proj.float().to(device), *(torch.tensor(v, device=device).view(3, 1, 1) for v in tok.CLIP)
 
@@ -271,91 +279,88 @@ class ClipScore:
         """Images (B,3,H,W) in [-1,1], B strings -> cosine (B,)."""
         x = torch.nn.functional.interpolate(images, (self.vit.pixels,) * 2, mode="bicubic", antialias=True)
         a = self.vit(((x + 1) / 2 - self.mean) / self.std)[:, 0] @ self.proj                       # (B,E)
-        return torch.cosine_similarity(a, self.text.embed(self.bpe(captions).to(a.device)))
+        return torch.cosine_similarity(a, self.text.tower.embed(self.text.bpe(captions).to(a.device)))
 
 
 @torch.no_grad()
 def evaluate(args, model, ranks):
-    """Scores of the tokenizer on the pictures of --eval, and of the generator; every picture by its own seed, whatever the ranks."""
-    pictures, C = Pictures(args.eval, model.pixels), model.mixer.classes if model.mixer else 0
-    text = model.mixer is not None and bool(model.mixer.cross)
+    """--eval: scores of the tokenizer on these pictures, and of the generator; every picture by its own seed, whatever the ranks."""
+    pictures, text = Pictures(args.eval, model.pixels), model.mixer is not None and bool(model.mixer.cross)
     if model.pixels < 16:
         raise UserError(f"--eval: SSIM and LPIPS need pictures of at least 16 pixels, and this checkpoint makes {model.pixels}")
     if text and model.text is None:
         raise UserError("--eval: the checkpoint was trained on features made beforehand, and has no encoder for the captions")
+    if args.clip and not text:
+        raise UserError("--clip: the checkpoint takes no text to hold its pictures against; leave the option out")
     if text and not pictures.texts:
         raise UserError(f"--eval {args.eval}: the checkpoint takes text, and these pictures have no captions")
     net = fid.load_inception(args.inception, args.resize, ranks.device)
     reference = fid.read_statistics(args.reference) if args.reference else None
-    lpips = fid.LPIPS(args.vgg, args.lpips).to(ranks.device) if args.vgg else None
-    clip = ClipScore(args.clip, args.bpe, ranks.device) if args.clip and text else None
-    real, recon, made = (fid.Statistics(2048, args.resize, net.inception) for _ in range(3))
     if reference:
-        fid.compare(reference, real)
-    pairs, cosine, bins = fid.Statistics(3), fid.Statistics(1), Bins(ranks.device)
-    count, order = args.num or len(pictures), np.arange(len(pictures))
-    if count < len(pictures):  # a part of them is drawn from all, not from the first classes
-        order = np.random.default_rng(args.seed).permutation(len(pictures))
-    shape = (model.decoder.config["channels"], *[model.decoder.config["size"]] * 2)
-    labels = torch.arange(count) % max(C, 1)
-    if args.labels == "random":
-        labels = torch.randint(max(C, 1), (count,), generator=torch.Generator().manual_seed(args.seed))
-    mine = list(range(ranks.rank, count, ranks.world))
-    for at in tqdm(range(0, len(mine), args.batch), desc="eval", unit_scale=args.batch, disable=not ranks.main, dynamic_ncols=True):
-        chunk = mine[at:at + args.batch]
-        noise = noise_for([args.seed + i for i in chunk], shape, ranks.device)
-        here = [int(order[i]) for i in chunk if i < len(pictures)]
-        captions = [caption_of(pictures, int(order[i % len(pictures)]), i // len(pictures)) for i in chunk] if text else None
-        features = model.prompts(captions) if text else (None, None)
-        if here:
-            x = torch.stack([pictures.read(i) for i in here]).to(ranks.device)                     # uint8 (b,3,S,S)
-            z = model.encode(x.float() / 127.5 - 1)
-            y = fid.to_uint8(model.decode(z, args.steps, noise[:len(here)]))
-            real.update(net(x)), recon.update(net(y)), pairs.update(fid.pair_scores(x, y, lpips))
-            keep(args.save, "reconstructed", here, y)
-        if model.mixer is None:
-            continue
-        start = noise_for([args.seed + i for i in chunk], (model.mixer.K, model.mixer.D), ranks.device, mixer=True)
-        classes = labels[chunk].to(ranks.device) if not text else None
-        if here:  # the loss of Eq. 1 on these tokens, in eight segments of t
-            t, n = torch.tensor([((i * 0.6180339887) % 1) for i in here], device=ranks.device), len(here)
-            known = pictures.labels[here].to(ranks.device) if C and len(pictures.classes) == C else torch.full((n,), C, device=ranks.device)
-            bins.add(t, flow_loss(lambda z_t, s: model.mixer(z_t, s, known, *(u if u is None else u[:n] for u in features)),
-                                  (z - model.mean) / model.std, t, start[:n]))
-        y = model.decode(model.generate(classes, args.steps, args.cfg, args.cfg_interval, start, *features), args.steps, noise)
-        made.update(net(fid.to_uint8(y)))
-        keep(args.save, "generated", chunk, fid.to_uint8(y))
-        if clip:
-            cosine.update(clip(y, captions)[:, None])
-    for side in (real, recon, made, pairs, cosine):
-        side.reduce()
-    losses = bins.read(ranks)
+        fid.compare(reference, net)
+    lpips = fid.LPIPS(args.vgg, args.lpips).to(ranks.device) if args.vgg else None
+    clip = ClipScore(args.clip, args.bpe, ranks.device) if args.clip else None
+    real, recon, made, pairs, cosine, losses = sums(args, model, ranks, pictures, net, lpips, clip)
     if not ranks.main:
         return
     how, digest = {"preprocessing": args.resize, "weights": net.inception}, fid.sha256(args.eval)
-    rows = [fid.record("rFID", fid.fid(real, recon), real.n, recon.n, args.eval, **how, digest=digest)]
-    rows += [fid.record(metric, value, pairs.n, pairs.n, args.eval, digest=digest) for metric, value in zip(("PSNR", "SSIM", "LPIPS"), pairs.mu) if value == value]
+    rows = [fid.record("rFID", fid.fid(real, recon), real.n, recon.n, args.eval, digest, **how), *fid.record_pairs(pairs, lpips, args.eval, digest)]
     if model.mixer is not None:
-        side, path, digest_of = (reference, args.reference, None) if reference else (real, args.eval, digest)
-        rows.append(fid.record("gFID", fid.fid(side, made), side.n, made.n, path, **how, digest=digest_of))
+        side, *where = (reference, args.reference, fid.sha256(args.reference)) if reference else (real, args.eval, digest)
+        rows.append(fid.record("gFID", fid.fid(side, made), side.n, made.n, *where, **how))
         print("loss of Eq. 1 in eight segments of t:", " ".join("-" if v is None else f"{v:.4f}" for v in losses))
     if clip:
-        rows.append(fid.record("CLIP score", 100 * cosine.mu[0], cosine.n, cosine.n, args.eval, weights=fid.sha256(tok.weight_file(args.clip)), digest=digest))
+        rows.append(fid.record("CLIP score", 100 * cosine.mu[0], cosine.n, cosine.n, args.eval, digest, weights=fid.sha256(tok.weight_file(args.clip))))
         print(f"CLIPScore (2.5 max(cos, 0)): {2.5 * max(cosine.mu[0], 0):.4f}")
     if args.json:
         fid.write_file(args.json, lambda f: f.write(json.dumps(rows, indent=1).encode()))
 
 
-def caption_of(pictures, i, round):
-    """Caption number `round` of picture i, and from the first again where it has fewer."""
-    captions = pictures.captions(i)
-    return captions[round % len(captions)]
+def sums(args, model, ranks, pictures, net, lpips, clip):
+    """The loop of `evaluate`: Statistics over all ranks of real, reconstructed and generated pictures, of pair_scores and of CLIP's cosine,
+    and the Mixer's loss in eight segments of t."""
+    real, recon, made = (fid.Statistics(2048, args.resize, net.inception) for _ in range(3))
+    pairs, cosine, bins = fid.Statistics(3), fid.Statistics(1), Bins(ranks.device)
+    mixer, N, C = model.mixer, len(pictures), model.mixer.classes if model.mixer else 0
+    count, order = args.num or N, np.arange(N)
+    if count < N:  # a part of them is drawn from all, not from the first classes
+        order = np.random.default_rng(args.seed).permutation(N)
+    labels = torch.arange(count) % max(C, 1)
+    if args.labels == "random":
+        labels = torch.randint(max(C, 1), (count,), generator=torch.Generator().manual_seed(args.seed))
+    mine = range(ranks.rank, count, ranks.world)
+    for at in tqdm(range(0, len(mine), args.batch), desc="eval", unit_scale=args.batch, disable=not ranks.main, dynamic_ncols=True):
+        chunk = list(mine[at:at + args.batch])
+        seeds, shown = [args.seed + i for i in chunk], [int(order[i % N]) for i in chunk]          # the picture that goes with each number
+        noise, n = model.noise(seeds), sum(i < N for i in chunk)                                   # from number N on they come again
+        if here := shown[:n]:
+            x = torch.stack([pictures.read(i) for i in here]).to(ranks.device)                     # uint8 (n,3,S,S)
+            z = model.encode(x.float() / 127.5 - 1)
+            y = fid.to_uint8(model.decode(z, args.steps, noise[:n]))
+            real.update(net(x)), recon.update(net(y)), pairs.update(fid.pair_scores(x, y, lpips))
+            keep(args.save, "reconstructed", here, y)
+        if mixer is None:
+            continue
+        captions = [(own := pictures.captions(p))[i // N % len(own)] for i, p in zip(chunk, shown)] if mixer.cross else None
+        features = model.prompts(captions) if captions else (None, None)
+        start = model.noise(seeds, mixer=True)
+        if here:  # the loss of Eq. 1 on these tokens
+            t = torch.tensor([i * 0.6180339887 % 1 for i in here], device=ranks.device)
+            known = (pictures.labels[here] if len(pictures.classes) == C else torch.full((n,), C)).to(ranks.device)
+            bins.add(t, flow_loss(lambda z_t, s: mixer(z_t, s, known, *(u if u is None else u[:n] for u in features)),
+                                  (z - model.mean) / model.std, t, start[:n]))
+        y = fid.to_uint8(model.decode(model.generate(labels[chunk], args.steps, args.cfg, args.cfg_interval, start, *features), args.steps, noise))
+        made.update(net(y))
+        keep(args.save, "generated", chunk, y)
+        if clip:
+            cosine.update(clip(y.float() / 127.5 - 1, captions)[:, None])
+    return *(side.reduce() for side in (real, recon, made, pairs, cosine)), bins.read(ranks)
 
 
 def keep(folder, kind, numbers, images):
     """Save uint8 pictures (B,3,H,W) as folder/kind/number.png, where a folder is given."""
     if folder:
-        Path(folder, kind).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(folder, kind), "--save")
         for i, x in zip(numbers, images.cpu()):
             Image.fromarray(x.permute(1, 2, 0).numpy()).save(Path(folder, kind, f"{i:06d}.png"))
 
@@ -364,12 +369,8 @@ def load_images(paths, pixels):
     """Picture files, any size -> [(1,3,H,W) in [-1,1]] and, cropped to pixels x pixels for the eye, (B,3,pixels,pixels)."""
     images = []
     for path in paths:
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such picture")
-        try:
+        with fid.naming(f"{path} is not a readable picture"):
             x = fid.decode(path)
-        except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
-            raise UserError(f"{path}: not a readable picture ({e})") from None
         images.append(torch.from_numpy(x).permute(2, 0, 1)[None].float() / 127.5 - 1)
     return images, torch.cat([tok.resize(x, pixels) for x in images])
 
@@ -377,34 +378,30 @@ def load_images(paths, pixels):
 def main():
     """The command line: load, then score, export, or draw one picture. Raises UserError."""
     args = options()
-    if not Path(args.out).parent.is_dir() or Path(args.out).is_dir():
-        raise UserError(f"--out {args.out}: not the path of a picture in a folder that is there")
     ranks = Ranks(args.device)
     model = RepTok.load(args.ckpt, ranks.device)
     if args.eval:
         return evaluate(args, model, ranks)
     if args.export:
         return save_checkpoint(Path(args.export), model.parts())
-    size, seeds = model.decoder.config, lambda n: range(args.seed, args.seed + n)
-    noise = lambda n: noise_for(seeds(n), (size["channels"], size["size"], size["size"]), model.device)
+    seeds = lambda n: range(args.seed, args.seed + n)
     if args.reconstruct or args.interpolate:
         images, shown = load_images(args.reconstruct or args.interpolate, model.pixels)
         z = torch.cat([model.encode(x) for x in images])                                           # (B,K,D)
         if args.interpolate:
             s = torch.linspace(0, 1, 8, device=model.device)[:, None, None]
-            strip = model.decode((1 - s) * z[:1] + s * z[1:], args.steps, noise(1).expand(8, -1, -1, -1))
+            strip = model.decode((1 - s) * z[:1] + s * z[1:], args.steps, model.noise(seeds(1)).expand(8, -1, -1, -1))
             rows = [torch.cat([shown[:1], strip.cpu(), shown[1:]])]                                # input, eight steps, input
         else:
-            rows = [shown, model.decode(z, args.steps, noise(len(z))).cpu()]
+            rows = [shown, model.decode(z, args.steps, model.noise(seeds(len(z)))).cpu()]
     else:
         if model.mixer is None:
             raise UserError(f"--ckpt {args.ckpt}: a checkpoint of stage 1, which cannot generate; give a stage2.pt, or use --reconstruct")
         conditions = conditions_of(model, args)  # classes (B,) or text (B,L,C) and mask (B,L), each once
         conditions = {k: u.repeat_interleave(args.per_class, 0) for k, u in conditions.items()}
-        count = len(next(iter(conditions.values())))
-        z = model.generate(steps=args.steps, cfg=args.cfg, cfg_interval=args.cfg_interval,
-                           noise=noise_for(seeds(count), (model.mixer.K, model.mixer.D), "cpu", mixer=True), **conditions)
-        rows = model.decode(z, args.steps, noise(len(z))).split(args.per_class)
+        seeds = seeds(len(next(iter(conditions.values()))))
+        z = model.generate(steps=args.steps, cfg=args.cfg, cfg_interval=args.cfg_interval, noise=model.noise(seeds, mixer=True), **conditions)
+        rows = model.decode(z, args.steps, model.noise(seeds)).split(args.per_class)
     save_picture(grid(rows), args.out)
     print(f"{args.out}: {len(rows)} x {len(rows[0])} pictures")
 
@@ -429,18 +426,19 @@ def under(tensors, prefix):
     return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def find_number(node, key, seen):
-    """The first number stored under `key` in nested plain containers and inert nodes (OmegaConf keeps a leaf's value in `_val`)."""
-    if id(node) in seen or not isinstance(node, (dict, list, tuple)):
-        return None
-    seen.add(id(node))
-    for k, value in node.items() if isinstance(node, dict) else enumerate(node):
-        value = value.get("_val", value) if isinstance(value, dict) else value
-        if k == key and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    children = node.items() if isinstance(node, dict) else enumerate(node)
-    children = sorted(children, key=lambda item: "first_stage" not in str(item[0]))  # the first stage's settings before all others
-    return next((n for n in (find_number(child, key, seen) for _, child in children) if n is not None), None)
+def scale_factor(settings):
+    """The first number of this name in nested plain containers and inert nodes (OmegaConf keeps a leaf's value in `_val`), the first
+    stage's before all others; 1 where there is none."""
+    found, seen, nodes = [], set(), [(True, settings)]
+    for other, node in nodes:  # which grows meanwhile: no recursion, however deep a stranger's file is
+        if isinstance(node, (dict, list, tuple)) and id(node) not in seen:
+            seen.add(id(node))
+            for k, value in node.items() if isinstance(node, dict) else enumerate(node):
+                leaf = value.get("_val", value) if isinstance(value, dict) else value
+                if k == "scale_factor" and isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
+                    found.append((other, float(leaf)))
+                nodes.append((other and not (isinstance(k, str) and "first_stage" in k), value))
+    return min(found, key=lambda pair: pair[0], default=(True, 1.0))[1] or 1.0
 
 
 def released(content, path):
@@ -454,8 +452,8 @@ def released(content, path):
         tokenizer = Tokenizer(vit)
         vit.cls_token.data = tensors.get(prefix + "encoder.dino.target_model.cls_token", vit.cls_token).float()  # the original, for the prior
         vae = vae_from(under(tensors, prefix + "ae.ae."), path)
-        named = tok.rename({k: v for k, v in under(tensors, prefix).items() if not re.search(r"^ae\.|dino\.(model|target_model)\.|new_reg", k)}, DECODER)
-        named = {k: v for k, v in named.items() if not k.endswith("pos_emb.freqs")}
+        unused = r"^ae\.|dino\.(model|target_model)\.|new_reg|\.[1-9]\d*\.self_attn\.pos_emb"     # rotary frequencies are block 0's in all
+        named = tok.rename({k: v for k, v in under(tensors, prefix).items() if not re.search(unused, k)}, DECODER)
         named["token_pos"] = named["token_pos"].view(1, 1, -1)
         shape = {k: tuple(v.shape) for k, v in named.items()}
         patch = round((shape["patch_in.weight"][1] / vae.channels) ** 0.5)
@@ -475,11 +473,11 @@ def released(content, path):
             mixer = Mixer(K, shape["proj_in.weight"][1], shape["proj_in.weight"][0], last - 2, classes,
                           shape["layers.0.tokens.up.weight"][0], shape["layers.0.channels.up.weight"][0], time_scale=1.0)
         tok.fit(mixer, net, path, "the authors' Mixer")
+        scale = scale_factor(content.get("hyper_parameters", {}))
     except (UserError, dec.UserError):
         raise
     except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
         raise UserError(f"{path}: looks like the authors' checkpoint but has tensors missing or misshapen ({damage(e)})") from None
-    scale = find_number(content.get("hyper_parameters", {}), "scale_factor", set()) or 1.0
     return RepTok(tokenizer, decoder, vae, mixer, torch.zeros(1, K, mixer.D), torch.full((1, K, mixer.D), scale), released=True)
 
 

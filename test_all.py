@@ -313,13 +313,9 @@ def test_mixer_layers_start_as_the_identity_and_widths_are_not_swapped():
     x = torch.randn(3, 4, 16)
     assert all(torch.equal(layer(x), x) for layer in m.layers)
     assert m.layers[0].tokens.up.weight.shape == (7, 4) and m.layers[0].channels.up.weight.shape == (11, 16)
-    paper = {e: sum(p.numel() for p in torch.nn.Module.parameters(meta_mixer(e))) / 1e6 for e in (3, 4)}
-    assert abs(paper[3] - 279) < 1 and 365 < paper[4] < 373  # the table's 276M without embeddings; the text's x4
-
-
-def meta_mixer(expansion):
     with torch.device("meta"):
-        return mix.Mixer(channel_hidden=expansion * 1280)
+        paper = {e: sum(p.numel() for p in mix.Mixer(channel_hidden=e * 1280).parameters()) / 1e6 for e in (3, 4)}
+    assert abs(paper[3] - 279) < 1 and 365 < paper[4] < 373  # the table's 276M without embeddings; the text's x4
 
 
 def test_mixer_layer_against_convolutions():
@@ -382,14 +378,20 @@ def renamed(tensors, table, split="attention.attention.", parts=("query", "key",
     return out
 
 
-def save_safetensors(tensors, path):
-    names, header, blobs, at = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}, {}, [], 0
+def safetensors(tensors, header=None):
+    """The bytes of a .safetensors file; `header` (a dict or bytes) replaces the true one."""
+    names, entries, blobs, at = {v: k for k, v in tok.DTYPES.items()}, {}, [], 0
     for k, v in tensors.items():
-        blobs.append(v.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        header[k] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [at, at + len(blobs[-1])]}
+        blobs.append(v.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        entries[k] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [at, at + len(blobs[-1])]}
         at += len(blobs[-1])
-    head = json.dumps(header).encode()
-    path.write_bytes(len(head).to_bytes(8, "little") + head + b"".join(blobs))
+    header = entries if header is None else header
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + b"".join(blobs)
+
+
+def save_safetensors(tensors, path):
+    path.write_bytes(safetensors(tensors))
 
 
 def near(ours, figures, tolerance=2e-5):
@@ -619,9 +621,9 @@ QUICK2 = ["--steps", 6, "--batch", 8, "--log-every", 1, "--save-every", 3, "--de
 def trained(tmp_path_factory):
     """Both stages, a few steps, on forty written-out digits."""
     root = tmp_path_factory.mktemp("trained")
-    command("train_stage1.py", "--write-data", root / "data", "--num", 40)
-    command("train_stage1.py", "--data", root / "data", "--out", root / "out", *QUICK1)
-    command("train_stage2.py", "--data", root / "data", "--out", root / "out", *QUICK2)
+    inside("train_stage1.py", "--write-data", root / "data", "--num", 40)
+    inside("train_stage1.py", "--data", root / "data", "--out", root / "out", *QUICK1)
+    inside("train_stage2.py", "--data", root / "data", "--out", root / "out", *QUICK2)
     return root
 
 
@@ -666,6 +668,7 @@ def test_sample_commands(trained, tmp_path):
     inside("sample.py", "--ckpt", trained / "out" / "stage1.pt", "--reconstruct", *some, "--steps", 2, "--out", tmp_path / "r.png")
     assert Image.open(tmp_path / "r.png").size == (2 * 64, 2 * 64)
     inside("sample.py", "--ckpt", ckpt, "--interpolate", *some, "--steps", 2, "--out", tmp_path / "i.png")
+    assert Image.open(tmp_path / "i.png").size == (10 * 64, 64)
     inside("sample.py", "--ckpt", ckpt, "--export", tmp_path / "small.pt")
     a, b = RepTok.load(ckpt), RepTok.load(tmp_path / "small.pt")
     c = torch.arange(3)
@@ -682,18 +685,17 @@ def test_loading_uses_the_averaged_weights(trained):
     assert set(content["ema"]) == {"tokenizer.embedding", *(f"decoder.{n}" for n, _ in model.decoder.named_parameters())}
 
 
-def test_continuing_extending_and_refusing(trained, tmp_path):
-    out, data = tmp_path / "out", ["--data", trained / "data"]
-    out.mkdir()
-    (out / "prior.pt").write_bytes((trained / "out" / "prior.pt").read_bytes())
-    command("train_stage1.py", "--out", out, *data, *QUICK1)
-    assert "finished" in command("train_stage1.py", "--out", out, *data, *QUICK1)
+def test_continuing_extending_and_refusing(trained, tmp_path, capsys):
+    out, args = tmp_path / "out", ["--data", trained / "data", "--out", tmp_path / "out", *QUICK1]
+    shutil.copytree(trained / "out", out)
     before = (out / "stage1.pt").read_bytes()
-    assert "--batch" in command("train_stage1.py", "--out", out, *data, *QUICK1, "--batch", 4, ok=False)
-    assert "--lam" in command("train_stage1.py", "--out", out, *data, *QUICK1, "--lam", 0.5, ok=False)
-    assert "--data" in command("train_stage1.py", "--out", out, *QUICK1, ok=False)
+    with pytest.raises(SystemExit) as stop:
+        inside("train_stage1.py", *args)
+    assert stop.value.code == 0 and "finished" in capsys.readouterr().out
+    for options, says in (([*args, "--batch", 4], "--batch"), ([*args, "--lam", 0.5], "--lam"), (args[2:], "--data")):
+        assert says in refusal("train_stage1.py", options, capsys)
     assert (out / "stage1.pt").read_bytes() == before
-    command("train_stage1.py", "--out", out, *data, *QUICK1, "--steps", 8)
+    inside("train_stage1.py", *args, "--steps", 8)
     assert sorted(losses(out / "stage1.jsonl")) == list(range(1, 9))
 
 
@@ -701,15 +703,15 @@ def inside(script, *args):
     """Run a script of the project in this process, which spares the seconds of a start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *map(str, args)])
+        patch.setattr(signal, "signal", lambda *_: None)  # the trainers' handlers would outlive them, and pytest could not be interrupted
         one.guarded(sys.modules[script[:-3]].main)
 
 
-def refusal(script, args, monkeypatch, capsys):
+def refusal(script, args, capsys):
     """The one line with which a script, run in this process, refuses its arguments with status 2."""
     capsys.readouterr()  # what was said before
-    monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
     with pytest.raises(SystemExit) as stop:
-        one.guarded(sys.modules[script[:-3]].main)
+        inside(script, *args)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "it/s" not in line]  # no progress bars
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: error: "), lines
     return lines[0]
@@ -720,7 +722,8 @@ def test_bad_input(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "half.pt").write_bytes(ckpt.read_bytes()[:5000])
-    data = ["--data", trained / "data"]
+    data, features = ["--data", trained / "data"], tmp_path / "f.npz"
+    np.savez(features, features=np.zeros((3, 6), np.float32))
     for script, args, says in [
             ("train_stage1.py", ["--data", tmp_path / "empty"], "no pictures"), ("train_stage1.py", ["--data", tmp_path / "gone"], "no such"),
             ("train_stage1.py", ["--data", tmp_path / "text.png"], "text.png"), ("train_stage1.py", ["--step", 5], "--step"),
@@ -739,37 +742,30 @@ def test_bad_input(trained, tmp_path, monkeypatch, capsys):
             ("sample.py", ["--ckpt", ckpt, "--classes", "eleven"], "eleven"), ("sample.py", ["--ckpt", ckpt, "--classes", "10"], "10"),
             ("sample.py", ["--ckpt", trained / "out" / "stage1.pt"], "stage 1"), ("sample.py", ["--ckpt", prior], "prior"),
             ("sample.py", ["--ckpt", ckpt, "--reconstruct", tmp_path / "text.png"], "text.png"),
+            ("sample.py", ["--ckpt", ckpt, "--reconstruct", tmp_path / "text.png", "--interpolate", "a", "b"], "--interpolate"),
+            ("sample.py", ["--ckpt", ckpt, "--classes", "\u00b2"], "--classes"), ("sample.py", ["--ckpt", ckpt, "--json", tmp_path / "gone" / "a.json"], "--json"),
+            ("sample.py", ["--ckpt", ckpt, "--features", features], "takes no text"),
+            ("sample.py", ["--ckpt", ckpt, "--eval", trained / "data", "--clip", "a", "--bpe", "b"], "--clip"),
             ("sample.py", ["--ckpt", ckpt, "--eval", trained / "data", "--vgg", "a.pth"], "--lpips"), ("sample.py", ["--ckpt", ckpt, "--out", tmp_path / "gone" / "a.png"], "--out")]:
-        assert says in refusal(script, [*args, *([] if script == "sample.py" else out)], monkeypatch, capsys)
+        assert says in refusal(script, [*args, *([] if script == "sample.py" else out)], capsys)
     assert not list(tmp_path.glob("new/*.pt"))
     (tmp_path / "exported").mkdir()
-    command("sample.py", "--ckpt", trained / "out" / "stage1.pt", "--export", tmp_path / "exported" / "stage1.pt")
-    assert "an export" in refusal("train_stage1.py", ["--data", trained / "data", "--out", tmp_path / "exported"], monkeypatch, capsys)
+    inside("sample.py", "--ckpt", trained / "out" / "stage1.pt", "--export", tmp_path / "exported" / "stage1.pt")
+    assert "an export" in refusal("train_stage1.py", ["--data", trained / "data", "--out", tmp_path / "exported"], capsys)
     monkeypatch.setattr(sample, "main", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")))
-    assert "--accumulate" in refusal("sample.py", [], monkeypatch, capsys)
+    assert "--accumulate" in refusal("sample.py", [], capsys)
     assert "--ckpt" in command("sample.py", ok=False)  # and as a process
 
 
-def test_two_ranks_equal_one_process(trained, tmp_path):
+@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py"])
+def test_two_ranks_equal_one_process(trained, whole, tmp_path, script):
     """torchrun with two gloo processes, and one process with accumulation, see the same losses for ten steps."""
-    data = ["--data", trained / "data", "--steps", 10, "--batch", 8, "--log-every", 1, "--device", "cpu"]
-    runs = {"one": (1, []), "two": (2, []), "pieces": (1, ["--accumulate", 2])}
-    for name, (world, more) in runs.items():
-        out = tmp_path / name
-        out.mkdir()
-        for file in ("prior.pt", "stage1.pt"):
-            (out / file).write_bytes((trained / "out" / file).read_bytes())
-        for script, args in (("train_stage1.py", ["--prior-steps", 2, "--fresh", "--encoder", out / "prior.pt"]), ("train_stage2.py", [])):
-            launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"] if world == 2 else []
-            done = subprocess.run([sys.executable, *launch, str(HERE / script), "--out", out, *map(str, [*data, *more, *args])], capture_output=True,
-                                  text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            assert done.returncode == 0, done.stderr
-    for stage in ("stage1", "stage2"):
-        want = losses(tmp_path / "one" / f"{stage}.jsonl")
-        assert len(want) == 10 and want[10] != want[1]
-        for name in ("two", "pieces"):
-            got = losses(tmp_path / name / f"{stage}.jsonl")
-            assert max(abs(got[s] - want[s]) for s in want) < 1e-5, (stage, name)
+    shutil.copytree(trained / "out", tmp_path / "out")
+    inside(script, *short(trained, script, tmp_path / "out"), "--accumulate", 2, "--fresh")
+    want, pieces = whole(script, 1), losses(tmp_path / "out" / f"{script[6:12]}.jsonl")
+    assert want[10] != want[1]
+    for got in (whole(script, 2), pieces):
+        assert max(abs(got[s] - want[s]) for s in range(1, 11)) < 1e-5
 
 
 def test_fine_tuning_from_a_checkpoint(trained, tmp_path):
@@ -880,23 +876,40 @@ def stop_at(process, log, step, which, only=b""):
     return process.communicate(timeout=120)
 
 
+def short(trained, script, out):
+    """Options of a run of 18 steps that saves every six."""
+    start = ["--encoder", trained / "out" / "prior.pt"] if script == "train_stage1.py" else ["--stage1", trained / "out" / "stage1.pt"]
+    return ["--data", trained / "data", "--out", out, "--steps", 18, "--batch", 8, "--log-every", 1, "--save-every", 6, "--device", "cpu", *start]
+
+
+def finished(process):
+    """Wait for a run that must end well."""
+    output = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return output[0]
+
+
+@pytest.fixture(scope="module")
+def whole(trained, tmp_path_factory):
+    """(script, processes) -> losses of a run that is never stopped; made once."""
+    @functools.cache
+    def run(script, world):
+        out = tmp_path_factory.mktemp("whole")
+        finished(launch(script, *short(trained, script, out), world=world))
+        return losses(out / f"{script[6:12]}.jsonl")
+    return run
+
+
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py"])
-def test_killed_and_continued_equals_never_stopped(trained, tmp_path, script, world):
+def test_killed_and_continued_equals_never_stopped(trained, whole, tmp_path, script, world):
     """SIGKILL at any step, then the same command: bit for bit the losses of a run that was never stopped."""
-    stage, results = script[6:12], {}
-    for name in ("whole", "killed"):
-        out = tmp_path / name
-        args = ["--data", trained / "data", "--out", out, "--steps", 18, "--batch", 8, "--log-every", 1, "--save-every", 6, "--device", "cpu",
-                *(["--encoder", trained / "out" / "prior.pt"] if stage == "stage1" else ["--stage1", trained / "out" / "stage1.pt"])]
-        if name == "killed":
-            stop_at(launch(script, *args, world=world), out / f"{stage}.jsonl", 8, signal.SIGKILL)
-            assert not (out / f"{stage}.pt").exists() or one.load_checkpoint(out / f"{stage}.pt", [stage])["step"] < 18
-        done = launch(script, *args, world=world)
-        output = done.communicate(timeout=200)
-        assert done.returncode == 0, output
-        results[name] = losses(out / f"{stage}.jsonl")
-    assert results["whole"] == results["killed"] and len(results["whole"]) == 18
+    stage, args = script[6:12], short(trained, script, tmp_path)
+    stop_at(launch(script, *args, world=world), tmp_path / f"{stage}.jsonl", 8, signal.SIGKILL)
+    assert not (tmp_path / f"{stage}.pt").exists() or one.load_checkpoint(tmp_path / f"{stage}.pt", [stage])["step"] < 18
+    finished(launch(script, *args, world=world))
+    killed = losses(tmp_path / f"{stage}.jsonl")
+    assert killed == whole(script, world) and len(killed) == 18
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the process in /proc")
@@ -968,7 +981,7 @@ def test_the_trainer_is_a_plain_loop(trained, tmp_path):
     """Stage 1's losses are those of a loop written without its helpers: unfused AdamW, autograd through plain modules."""
     args = ["--data", trained / "data", "--out", tmp_path, "--steps", 6, "--batch", 8, "--log-every", 1, "--lr", 1e-3, "--warmup", 0, "--device", "cpu",
             "--encoder", trained / "out" / "prior.pt"]
-    command("train_stage1.py", *args, "--clip-grad", 1e9, "--no-cache")
+    inside("train_stage1.py", *args, "--clip-grad", 1e9, "--no-cache")
     got, pictures = losses(tmp_path / "stage1.jsonl"), one.Pictures(str(trained / "data"), 16)
     vit = one.encoder(str(trained / "out" / "prior.pt"))
     torch.manual_seed(0)
@@ -1087,16 +1100,17 @@ def small_clip(tmp_path_factory, bpe):
     return folder / "clip.pt", folder / "vocab.gz"
 
 
-def test_clip_text_end_to_end(trained, small_clip, inception, tmp_path, capfd):
+def test_clip_text_end_to_end(trained, small_clip, inception, tmp_path, capsys):
     """Training on captions read by CLIP, prompts, and --eval of captions with a CLIP score that is taken again by hand."""
     write_pairs(tmp_path)
     clip, out = ["--clip", small_clip[0], "--bpe", small_clip[1]], tmp_path / "out"
-    command("train_stage2.py", "--captions", tmp_path / "t.jsonl", *clip, "--out", out, "--stage1", trained / "out" / "stage1.pt", *QUICK2)
+    inside("train_stage2.py", "--captions", tmp_path / "t.jsonl", *clip, "--out", out, "--stage1", trained / "out" / "stage1.pt", *QUICK2)
     ckpt = out / "stage2.pt"
-    long = command("sample.py", "--ckpt", ckpt, "--prompt", "the cat", "--prompt", "a " * 100, "--per-class", 2, "--steps", 2, "--out", tmp_path / "p.png")
-    assert "too long" in long and Image.open(tmp_path / "p.png").size == (2 * 64, 2 * 64)
-    said = command("sample.py", "--ckpt", ckpt, "--eval", tmp_path / "t.jsonl", "--num", 12, "--steps", 2, *clip, "--inception", inception,
-                   "--json", tmp_path / "s.json", "--save", tmp_path / "kept", "--device", "cpu")
+    inside("sample.py", "--ckpt", ckpt, "--prompt", "the cat", "--prompt", "a " * 100, "--per-class", 2, "--steps", 2, "--out", tmp_path / "p.png")
+    assert "too long" in capsys.readouterr().out and Image.open(tmp_path / "p.png").size == (2 * 64, 2 * 64)
+    inside("sample.py", "--ckpt", ckpt, "--eval", tmp_path / "t.jsonl", "--num", 12, "--steps", 2, *clip, "--inception", inception,
+           "--json", tmp_path / "s.json", "--save", tmp_path / "kept", "--device", "cpu")
+    said = capsys.readouterr().out
     rows = {row["metric"]: row["value"] for row in json.loads((tmp_path / "s.json").read_text())}
     pictures, tensors, words = one.Pictures(str(tmp_path / "t.jsonl"), 16), torch.load(small_clip[0], weights_only=True), tok.BPE(small_clip[1])
     vit, tower, cosines = tok.load_encoder(small_clip[0]), tok.load_text_encoder(small_clip[0]), []
@@ -1107,7 +1121,7 @@ def test_clip_text_end_to_end(trained, small_clip, inception, tmp_path, capfd):
         image = vit(x)[0, 0] @ tensors["visual.proj"]
         text = tower(words([pictures.captions(i)[0]]))[0][len(words.encode(pictures.captions(i)[0])) - 1] @ tensors["text_projection"]
         cosines.append((image @ text / image.norm() / text.norm()).item())
-    assert abs(rows["CLIP score"] - 100 * np.mean(cosines)) < 0.2 and {"rFID", "gFID"} <= set(rows) and "eight segments" in said
+    assert abs(rows["CLIP score"] - 100 * np.mean(cosines)) < 0.01 and {"rFID", "gFID"} <= set(rows) and "eight segments" in said
     assert f"{2.5 * max(0, rows['CLIP score'] / 100):.4f}" in said
 
 
@@ -1268,7 +1282,7 @@ def test_captioned_sources_agree(tmp_path):
         one.Pictures(str(tmp_path / "t.tsv"), 16)
 
 
-def test_text_to_image_commands(trained, tmp_path, monkeypatch, capsys):
+def test_text_to_image_commands(trained, tmp_path, capsys):
     """Words trained along, features made beforehand, CLIP; prompts, features and refusals."""
     write_pairs(tmp_path)
     stage1 = ["--stage1", trained / "out" / "stage1.pt"]
@@ -1287,7 +1301,7 @@ def test_text_to_image_commands(trained, tmp_path, monkeypatch, capsys):
     for args, says in ((["--ckpt", ckpt], "--prompt"), (["--ckpt", ckpt, "--prompt", " "], "--prompt"), (["--ckpt", trained / "out" / "stage2.pt", "--prompt", "x"], "no text"),
                        (["--ckpt", ckpt, "--prompts", tmp_path / "gone.txt"], "--prompts"), (["--ckpt", ckpt, "--prompt", "x", "--classes", 3], "--classes"),
                        (["--ckpt", ckpt, "--eval", trained / "data"], "no captions")):
-        assert says in refusal("sample.py", args, monkeypatch, capsys)
+        assert says in refusal("sample.py", args, capsys)
     for i in range(12):
         np.savez(tmp_path / "pairs" / f"{i:02d}.npz", features=np.random.randn(3 + i % 2, 6).astype(np.float16), mask=np.ones(3 + i % 2, bool))
     with tarfile.open(tmp_path / "with.tar", "w") as tar:
@@ -1301,11 +1315,11 @@ def test_text_to_image_commands(trained, tmp_path, monkeypatch, capsys):
     args = one.argparse.Namespace(prompt=None, prompts=None, features=[tmp_path / "pairs" / "00.npz", tmp_path / "padded.npz"], classes=None)
     got = sample.conditions_of(RepTok.load(tmp_path / "made" / "stage2.pt"), args)
     assert got["text"].shape == (2, 5, 6) and got["mask"].tolist() == [[True] * 3 + [False] * 2, [True] * 2 + [False] * 3]
-    assert "no text encoder" in refusal("sample.py", ["--ckpt", tmp_path / "made" / "stage2.pt", "--prompt", "x"], monkeypatch, capsys)
+    assert "no text encoder" in refusal("sample.py", ["--ckpt", tmp_path / "made" / "stage2.pt", "--prompt", "x"], capsys)
     np.savez(tmp_path / "pairs" / "05.npz", features=np.zeros((3, 7), np.float16))
     for file, says in (("05.npz", "(L,6)"), ("05.txt", "not an .npz")):
-        assert says in refusal("sample.py", ["--ckpt", tmp_path / "made" / "stage2.pt", "--features", tmp_path / "pairs" / file], monkeypatch, capsys)
-    assert "width" in refusal("train_stage2.py", ["--captions", tmp_path / "pairs", "--out", tmp_path / "wide", *stage1, *QUICK2], monkeypatch, capsys)
+        assert says in refusal("sample.py", ["--ckpt", tmp_path / "made" / "stage2.pt", "--features", tmp_path / "pairs" / file], capsys)
+    assert "width" in refusal("train_stage2.py", ["--captions", tmp_path / "pairs", "--out", tmp_path / "wide", *stage1, *QUICK2], capsys)
 
 
 # ---- Scores: fid.py
@@ -1525,23 +1539,9 @@ def dinov2(width=64):
 
 def clip(dtype=torch.float32):
     """{name: tensor} in OpenAI's names, both towers, matrices in `dtype`, with the scalars that the archives hold."""
-    w, ab = lambda *s: torch.randn(s, generator=torch.Generator().manual_seed(sum(s))), ("weight", "bias")
-    state = {
-        "token_embedding.weight": w(99, 32),
-        "positional_embedding": w(77, 32),
-        "text_projection": w(32, 32),
-        "visual.proj": w(64, 32),
-        "visual.conv1.weight": w(64, 3, 4, 4),
-        "visual.class_embedding": w(64),
-        "visual.positional_embedding": w(5, 64),
-    }
-    state |= {f"{ln}.{n}": w(d) for ln, d in (("ln_final", 32), ("visual.ln_pre", 64), ("visual.ln_post", 64)) for n in ab}
-    for at, d in (("transformer.resblocks.0.", 32), ("visual.transformer.resblocks.0.", 64)):
-        state |= {f"{at}attn.in_proj_weight": w(3 * d, d), f"{at}attn.in_proj_bias": w(3 * d)} | {f"{at}ln_{i}.{n}": w(d) for i in (1, 2) for n in ab}
-        for name, out, into in (("attn.out_proj", d, d), ("mlp.c_fc", 4 * d, d), ("mlp.c_proj", d, 4 * d)):
-            state |= {f"{at}{name}.weight": w(out, into), f"{at}{name}.bias": w(out)}
-    state = {k: v.to(dtype) if v.ndim > 1 else v for k, v in state.items()}
-    return state | {k: torch.tensor(n) for k, n in (("logit_scale", 4.6), ("input_resolution", 8), ("context_length", 77), ("vocab_size", 99))}
+    shapes = clip_shapes(64, 32, 1) | {"token_embedding.weight": (99, 32), "visual.conv1.weight": (64, 3, 4, 4), "visual.positional_embedding": (5, 64)}
+    state = {k: v.to(dtype) if v.ndim > 1 else v for k, v in official(shapes).items()}
+    return state | {k: torch.tensor(n) for k, n in (("input_resolution", 8), ("context_length", 77), ("vocab_size", 99))}
 
 
 class Branch(nn.Sequential):
@@ -1589,18 +1589,6 @@ def written(write, *args, **more):
 OLD = {"_use_new_zipfile_serialization": False}  # torch's format before 1.6
 
 
-def safetensors(tensors, header=None):
-    """The bytes of a .safetensors file; `header` (a dict or bytes) replaces the true one."""
-    names, entries, blob = {v: k for k, v in tok.DTYPES.items()}, {}, b""
-    for k, v in tensors.items():
-        raw = v.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        entries[k] = {"dtype": names[v.dtype], "shape": list(v.shape), "data_offsets": [len(blob), len(blob) + len(raw)]}
-        blob += raw
-    header = entries if header is None else header
-    header = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(header).to_bytes(8, "little") + header + blob
-
-
 class Run:
     """Unpickling it calls f(*args)."""
 
@@ -1611,7 +1599,7 @@ class Run:
         return self.call
 
 
-def test_files_made_to_run_code_do_not(tmp_path):
+def test_files_made_to_run_code_do_not(tmp_path, capsys):
     mark, inner = tmp_path / "ran.npy", tmp_path / "inner.pkl"
     m, script = str(mark), members(torchscript(clip(), tmp_path / "script.pt"))
     root = next(k for k in script if k.endswith("/data.pkl"))
@@ -1658,7 +1646,7 @@ def test_files_made_to_run_code_do_not(tmp_path):
         ("train_stage1.py", "--out", tmp_path / "o", "--encoder"),
         ("train_stage1.py", "--out", tmp_path / "o", "--vae"),
     ):
-        assert "zip.ckpt" in command(script, *options, tmp_path / "zip.ckpt", ok=False) and not mark.exists()
+        assert "zip.ckpt" in refusal(script, [*options, tmp_path / "zip.ckpt"], capsys) and not mark.exists()
 
 
 class Colour(enum.Enum):
@@ -1765,6 +1753,8 @@ def test_safetensors(tmp_path):
     )
     files = [safetensors(two, header) for header in headers] + [n.to_bytes(8, "little") + safetensors(two)[8:] for n in (0, 1, 17, 2**32, 2**44, 2**63)]
     files += [safetensors(two, {"a" * 10**6: entry([4], 0, 16), "\x1b[2J\n\u202e": entry([4], 16, 32)})]  # names not for a terminal
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here, not from earlier tests
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     for n, data in enumerate(files):
         path.write_bytes(data)
@@ -1984,15 +1974,15 @@ class Hang(BaseException):
     """Nothing under test catches it."""
 
 
-def fuzz(tmp, each):
+def fuzz(tmp, each, seed):
     """`each` broken files of every kind; prints what went wrong and how many were tried. Runs in a process of its own."""
 
     def hang(*_):
         raise Hang
 
-    faulthandler.enable(), warnings.simplefilter("ignore"), (tmp / "data").mkdir()
+    faulthandler.enable(), warnings.simplefilter("ignore"), (tmp / "data").mkdir(parents=True)
     signal.signal(signal.SIGPROF, hang)  # after processor time, for the machine may have other work
-    draw, tried, taken = random.Random(0), 0, 0
+    draw, tried, taken = random.Random(seed), 0, 0
     for read, file, whole, makes in kinds(tmp):
         path = tmp / file
         path.write_bytes(whole), read(path)  # the whole file is taken; what is imported late is in memory then
@@ -2023,25 +2013,30 @@ def fuzz(tmp, each):
 
 def test_broken_files_of_every_kind(tmp_path):
     """At least 2,000: each is read or refused in one line, within 2 s and 1 GiB."""
-    code = f"import {Path(__file__).stem} as t, pathlib; t.fuzz(pathlib.Path({str(tmp_path)!r}), 48)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    *bad, last = done.stdout.splitlines() or [""]
-    assert done.returncode == 0 and not bad and int(last.split()[0]) >= 2000, "\n".join([*bad, done.stderr[-3000:]])
+    code = f"import {Path(__file__).stem} as t, pathlib; t.fuzz(pathlib.Path({str(tmp_path)!r}) / '%d', 24, %d)"
+    halves = [subprocess.Popen([sys.executable, "-c", code % (seed, seed)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}) for seed in range(2)]
+    tried = 0
+    for half in halves:
+        said, error = half.communicate(timeout=300)
+        *bad, last = said.splitlines() or [""]
+        assert half.returncode == 0 and not bad, "\n".join([*bad, error[-3000:]])
+        tried += int(last.split()[0])
+    assert tried >= 2000
 
 
 # ---- sample.py --eval and the README
 
 
-def test_eval_is_the_same_on_two_ranks(trained, inception, tmp_path, monkeypatch, capsys):
+def test_eval_is_the_same_on_two_ranks(trained, inception, tmp_path, capsys):
     """Scores of one process and of two; FID against the same pictures written out and scored by fid.py."""
     args = ["--ckpt", trained / "out" / "stage2.pt", "--eval", trained / "data", "--num", 12, "--steps", 2, "--inception", inception, "--batch", 5, "--device", "cpu"]
     scores = {}
     for world in (1, 2):
-        done = launch("sample.py", *args, "--json", tmp_path / f"{world}.json", "--save", tmp_path / f"kept{world}", world=world, port=29655)
-        output = done.communicate(timeout=200)
-        assert done.returncode == 0, output
+        here = [*args, "--json", tmp_path / f"{world}.json", "--save", tmp_path / f"kept{world}"]
+        output = inside("sample.py", *here) if world == 1 else finished(launch("sample.py", *here, world=2, port=29655))
         scores[world] = {row["metric"]: row for row in json.loads((tmp_path / f"{world}.json").read_text())}
-    assert set(scores[1]) == {"rFID", "PSNR", "SSIM", "gFID"} and "eight segments" in output[0]
+    assert set(scores[1]) == {"rFID", "PSNR", "SSIM", "gFID"} and "eight segments" in output
     for metric, row in scores[1].items():
         assert abs(row["value"] - scores[2][metric]["value"]) < 1e-5 * max(1, abs(row["value"])), metric
         assert row["n_fake"] == 12 and row["reference_sha256"]
@@ -2055,7 +2050,7 @@ def test_eval_is_the_same_on_two_ranks(trained, inception, tmp_path, monkeypatch
         path.rename(tmp_path / "real" / path.name)
     net = fid.load_inception(inception)
     np.savez(tmp_path / "tf1.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=9, resize="tf1")
-    assert "do not compare" in refusal("sample.py", [*args, "--reference", tmp_path / "tf1.npz"], monkeypatch, capsys)
+    assert "do not compare" in refusal("sample.py", [*args, "--reference", tmp_path / "tf1.npz"], capsys)
     again = fid.fid(fid.measure(str(tmp_path / "real"), net), fid.measure(str(tmp_path / "kept1" / "reconstructed"), net))
     assert abs(again - scores[1]["rFID"]["value"]) < 1e-4 * again
 
@@ -2084,18 +2079,18 @@ def test_readme_commands_have_known_options(script, line, monkeypatch):
 TINY_RUN = {"train_stage1": [*QUICK1, "--num", 40], "train_stage2": QUICK2, "sample": ["--steps", 2, "--device", "cpu"]}
 
 
-def test_readme_commands_run(trained, tmp_path, monkeypatch, capsys):
+def test_readme_commands_run(trained, tmp_path, monkeypatch):
     """The blocks marked as tiny, line by line, with a few steps and in a folder where their pictures lie."""
     for name in ("cats", "dogs"):
         shutil.copytree(trained / "data" / "3", tmp_path / "my_pictures" / name)
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (40, 30), "red").save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(one, "DIGITS", 400)
     commands = [("train_stage1", []), *readme_commands("".join(re.findall(r"<!-- tiny -->\n(```bash\n.*?```\n)", README, re.S)))]
     assert len(commands) >= 9
     for script, line in commands:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, [*line, *TINY_RUN[script]])])
-        one.guarded(sys.modules[script].main)
+        inside(f"{script}.py", *line, *TINY_RUN[script])
     made = {path.name for path in tmp_path.rglob("*.p[nt]*")}
     assert {"stage1.png", "stage2.png", "samples.png", "reconstructions.png", "between.png", "small.pt"} <= made
 
@@ -2108,15 +2103,22 @@ def test_readme_links_to_lines():
         assert re.match(rf"\s*(def|class) {name}\b", (HERE / file).read_text().splitlines()[int(line) - 1]), (name, link)
 
 
-@pytest.mark.parametrize("file, code", re.findall(r"<!-- alone: (\w+\.py) -->\n```python\n(.*?)```", README, re.S))
-def test_readme_examples_of_one_file_alone(file, code, tmp_path):
-    (tmp_path / file).write_bytes((HERE / file).read_bytes())
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"})
-    assert done.returncode == 0 and len(code.strip().splitlines()) <= 10, done.stderr
+def test_readme_examples_of_one_file_alone(tmp_path):
+    runs = []
+    for file, code in re.findall(r"<!-- alone: (\w+\.py) -->\n```python\n(.*?)```", README, re.S):
+        (tmp_path / file[:-3]).mkdir()
+        (tmp_path / file[:-3] / file).write_bytes((HERE / file).read_bytes())
+        runs.append(subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path / file[:-3], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                     env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        assert len(code.strip().splitlines()) <= 10, file
+    said = [run.communicate(timeout=120)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0] * 4, said
 
 
 def test_readme_line_counts_and_sizes():
-    for file, lines in re.findall(r"\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README):
+    counts = re.findall(r"\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README)
+    assert len(counts) == 8
+    for file, lines in counts:
         assert (HERE / file).read_text().count("\n") == int(lines), file
     rows = re.findall(r"(?m)^\| (\w+) \| ([\d.]+)M \| ([\d.]+) \+ ([\d.]+) \| ([\d.]+)M.*? \| ([\d.]+) \|$", README)
     assert len(rows) == 4

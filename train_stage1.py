@@ -688,7 +688,8 @@ def computed_once(path, fields, pictures, ranks, args, compute):
     chunks = [list(range(i, min(i + CHUNK, N))) for i in range(0, N, CHUNK)][ranks.rank::ranks.world]
     chunks = [chunk for chunk in chunks if not rows["done"][chunk].all()]
     loader = Loader(pictures, chunks, ranks, args.workers, args.max_bad)
-    for chunk, (images, labels, _) in zip(chunks, tqdm(loader, desc=path.stem.split("-")[0], unit_scale=CHUNK, disable=not ranks.main, dynamic_ncols=True)):
+    bar = tqdm(loader, desc=path.stem.split("-")[0], unit_scale=CHUNK, disable=not ranks.main, dynamic_ncols=True)
+    for (images, labels, _), chunk in zip(bar, chunks):  # in this order the loader draws its seed, also where nothing is left to compute
         block = np.zeros(len(chunk), record)
         block["label"], block["done"] = labels.cpu().numpy(), 1
         with autocast(ranks, args.dtype):
@@ -711,6 +712,7 @@ def computed_once(path, fields, pictures, ranks, args, compute):
 # ---- Shared: pictures
 
 
+DIGITS = 10_000  # pictures of the default data
 COLOURS = {"black": (15, 15, 15), "white": (240, 240, 240), "grey": (128, 128, 128), "red": (200, 30, 30), "green": (40, 160, 40),
            "dark blue": (25, 25, 130), "light blue": (120, 190, 245), "yellow": (240, 220, 40), "purple": (150, 40, 180), "orange": (240, 130, 20)}
 TEMPLATES = ["a {ink} {digit} on a {ground} ground", "the digit {digit} in {ink} on {ground}", "a {digit}, {ink}, on a {ground} background",
@@ -768,20 +770,18 @@ class Pictures(torch.utils.data.Dataset):
     by the next readable one. labels (N,) long; classes: names of the top folders, sorted; none where there are none.
     Raises UserError where nothing is found, a listed picture is missing or a caption is empty.
     """
-    ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-
-    def __init__(self, source, pixels, seed=0, count=10000, named=False):
+    def __init__(self, source, pixels, seed=0, named=False):
         self.source, self.pixels, self.kept, self.archives, self.texts, self.npz = source, pixels, {}, {}, {}, {}
         if source is None:
-            self.plans = [plan_digit(i, seed, named) for i in range(count)]
-            self.names, self.classes = [f"digit {i}" for i in range(count)], [str(d) for d in range(10)]
-            self.labels, stamp = torch.tensor([plan.digit for plan in self.plans]), f"digits {seed} {count} {named}"
+            self.plans = [plan_digit(i, seed, named) for i in range(DIGITS)]
+            self.names, self.classes = [f"digit {i}" for i in range(DIGITS)], [str(d) for d in range(10)]
+            self.labels, stamp = torch.tensor([plan.digit for plan in self.plans]), f"digits {seed} {DIGITS} {named}"
             self.texts = {i: plan.captions for i, plan in enumerate(self.plans)} if named else {}
         else:
             found = dict(sorted(self.find(Path(source))))                                          # name -> place
-            self.names = [name for name in found if name.lower().endswith(self.ENDINGS) and "__MACOSX" not in name and "/." not in name]
+            self.names = [name for name in found if name.lower().endswith(fid.SUFFIXES) and "__MACOSX" not in name and "/." not in name]
             if not self.names:
-                raise UserError(f"{source}: no pictures in it; expected a folder, .zip, .tar, .tsv or .jsonl with {', '.join(self.ENDINGS)} files")
+                raise UserError(f"{source}: no pictures in it; expected a folder, .zip, .tar, .tsv or .jsonl with {', '.join(fid.SUFFIXES)} files")
             self.places, stem = [found[name] for name in self.names], lambda name: name.rsplit(".", 1)[0]
             texts = {stem(name): place for name, place in found.items() if name.endswith((".txt", ".json"))}
             features = {stem(name): place for name, place in found.items() if name.endswith(".npz")}
