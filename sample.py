@@ -19,14 +19,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import decoder as dec
 import fid
 import tokenizer as tok
 from decoder import Decoder, PixelSpace, VAE, euler, flow_loss, vae_from
 from mixer import Mixer, guided
 from tokenizer import ClipText, TextTower, Tokenizer, UserError, ViT, WordEncoder
-from train_stage1 import (Bins, Parser, Pictures, Ranks, damage, grid, guarded, load_checkpoint, make_folder, noise_for, number, plausible,
-                          save_checkpoint, save_picture, text_features, whole)
+from train_stage1 import (Bins, Parser, Pictures, Ranks, grid, guarded, load_checkpoint, make_folder, naming, noise_for, number, plausible,
+                          save_checkpoint, text_features, whole)
 
 
 class RepTok:
@@ -51,7 +50,7 @@ class RepTok:
     @classmethod
     def from_checkpoint(cls, content, path):
         """Builds the networks that the checkpoint describes; the averaged weights replace the last ones."""
-        try:
+        with naming(f"{path}: a damaged checkpoint", "; use the one before it, NAME.prev.pt"):
             state = {name: dict(content[name]["state"]) for name in ("tokenizer", "decoder", "vae", "mixer", "text") if name in content}
             for name, average in content.get("ema", {}).items():
                 part, name = name.split(".", 1)
@@ -75,16 +74,12 @@ class RepTok:
             if mixer and not all(latent[k].shape == (1, mixer.K, mixer.D) for k in ("mean", "std")):
                 raise ValueError("latent statistics of another size")
             return cls(tokenizer, decoder, vae, mixer, latent.get("mean"), latent.get("std"), content["classes"], content.get("released", False), text)
-        except (UserError, dec.UserError):
-            raise
-        except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
-            raise UserError(f"{path}: a damaged checkpoint ({damage(e)}); use the one before it, NAME.prev.pt") from None
 
     def to(self, device):
         """Move every part; returns self."""
         for part in (self.tokenizer, self.decoder, self.vae, self.mixer, self.text):
             if part is not None:
-                part.to(device).eval().requires_grad_(False)
+                part.to(device).eval()
         self.vae.to(memory_format=torch.channels_last)
         if self.mean is not None:
             self.mean, self.std = self.mean.to(device), self.std.to(device)
@@ -242,10 +237,10 @@ def conditions_of(model, args):
     """What the command line asks for, as arguments of `generate`: classes, or text and its mask. Raises UserError."""
     prompts = list(args.prompt or [])
     if args.prompts:
-        with fid.naming(f"--prompts {args.prompts} cannot be read as text"):
+        with naming(f"--prompts {args.prompts}: cannot be read as text"):
             prompts += [line for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
     if args.features:
-        with fid.naming("--features: not an .npz with features (L,C)"):
+        with naming("--features: not an .npz with features (L,C)"):
             rows = [text_features(path) for path in args.features]
         width = model.mixer.config["text_width"]
         if not width:
@@ -369,7 +364,7 @@ def load_images(paths, pixels):
     """Picture files, any size -> [(1,3,H,W) in [-1,1]] and, cropped to pixels x pixels for the eye, (B,3,pixels,pixels)."""
     images = []
     for path in paths:
-        with fid.naming(f"{path} is not a readable picture"):
+        with naming(f"{path}: not a readable picture"):
             x = fid.decode(path)
         images.append(torch.from_numpy(x).permute(2, 0, 1)[None].float() / 127.5 - 1)
     return images, torch.cat([tok.resize(x, pixels) for x in images])
@@ -402,7 +397,7 @@ def main():
         seeds = seeds(len(next(iter(conditions.values()))))
         z = model.generate(steps=args.steps, cfg=args.cfg, cfg_interval=args.cfg_interval, noise=model.noise(seeds, mixer=True), **conditions)
         rows = model.decode(z, args.steps, model.noise(seeds)).split(args.per_class)
-    save_picture(grid(rows), args.out)
+    fid.write_file(args.out, lambda f: grid(rows).save(f, "PNG"))
     print(f"{args.out}: {len(rows)} x {len(rows[0])} pictures")
 
 
@@ -447,7 +442,7 @@ def released(content, path):
     prefix = "first_stage.decoder.decoder."
     if prefix + "time_emb.weight" not in tensors:
         raise UserError(f"{path}: not a RepTok checkpoint; expected stage1.pt, stage2.pt or the authors' reptok-xl-600k-ImageNet.ckpt")
-    try:
+    with naming(f"{path}: looks like the authors' checkpoint but has tensors missing or misshapen"):
         vit = tok.vit_from(under(tensors, "first_stage.encoder.encoder."), path)
         tokenizer = Tokenizer(vit)
         vit.cls_token.data = tensors.get(prefix + "encoder.dino.target_model.cls_token", vit.cls_token).float()  # the original, for the prior
@@ -474,10 +469,6 @@ def released(content, path):
                           shape["layers.0.tokens.up.weight"][0], shape["layers.0.channels.up.weight"][0], time_scale=1.0)
         tok.fit(mixer, net, path, "the authors' Mixer")
         scale = scale_factor(content.get("hyper_parameters", {}))
-    except (UserError, dec.UserError):
-        raise
-    except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
-        raise UserError(f"{path}: looks like the authors' checkpoint but has tensors missing or misshapen ({damage(e)})") from None
     return RepTok(tokenizer, decoder, vae, mixer, torch.zeros(1, K, mixer.D), torch.full((1, K, mixer.D), scale), released=True)
 
 

@@ -727,7 +727,7 @@ def test_bad_input(trained, tmp_path, monkeypatch, capsys):
     for script, args, says in [
             ("train_stage1.py", ["--data", tmp_path / "empty"], "no pictures"), ("train_stage1.py", ["--data", tmp_path / "gone"], "no such"),
             ("train_stage1.py", ["--data", tmp_path / "text.png"], "text.png"), ("train_stage1.py", ["--step", 5], "--step"),
-            ("train_stage1.py", ["--batch", 0], "--batch"),
+            ("train_stage1.py", ["--batch", 0], "--batch"), ("train_stage2.py", ["--bpe", "a"], "--bpe"),
             ("train_stage1.py", ["--init", ckpt, "--unfreeze", "all"], "--unfreeze"), ("train_stage1.py", ["--encoder", prior, "--registers", 2], "--registers"),
             ("train_stage1.py", ["--size", "S", *data], "--vae"),
             ("train_stage1.py", ["--pixels", 18, *data], "patches"), ("train_stage1.py", ["--encoder", tmp_path / "text.png", *data], "text.png"),
@@ -1271,6 +1271,19 @@ def test_captioned_sources_agree(tmp_path):
             assert torch.equal(p[i][0], torch.from_numpy(one.draw_digit(plan, 16)).permute(2, 0, 1))
     seen = [sum((list(o) for o in one.Order(12, 4, one.argparse.Namespace(rank=r, world=2), 0, 3, 0)), []) for r in (0, 1)]
     assert sorted(sum(seen, [])) == list(range(12))  # two ranks, one epoch: every picture once
+    (tmp_path / ".odd").mkdir()  # a table names its pictures itself, whatever their folder; a caption may hold Unicode's line ends
+    shutil.copy(tmp_path / "pairs" / "03.png", tmp_path / ".odd" / "a.png")
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"file": "./.odd/a.png", "caption": "a\u2028red 7"}, ensure_ascii=False), encoding="utf-8")
+    assert one.Pictures(str(tmp_path / "odd.jsonl"), 16).captions(0) == ["a\u2028red 7"]
+    (tmp_path / "shards" / "._0.tar").write_bytes(b"what macOS leaves beside a file")
+    assert len(one.Pictures(str(tmp_path / "shards"), 16)) == 12
+    with zipfile.ZipFile(tmp_path / "torn.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "pairs" / "03.png", "a.png"), archive.writestr("a.txt", "red seven" * 99)
+    data = (tmp_path / "torn.zip").read_bytes()
+    at = data.index(b"a.txt") + 5
+    (tmp_path / "torn.zip").write_bytes(data[:at] + b"\xff" * 9 + data[at + 9:])
+    with pytest.raises(tok.UserError, match="a.png"):
+        one.Pictures(str(tmp_path / "torn.zip"), 16).captions(0)
     (tmp_path / "pairs" / "03.txt").write_text(" ")
     with pytest.raises(tok.UserError, match="03.png"):
         one.Pictures(str(tmp_path / "pairs"), 16).captions(3)
@@ -1794,7 +1807,8 @@ def test_wrong_files_name_themselves(tmp_path):
     torch.save(dinov2(100), path)
     assert "100 wide" in sentence(tok.load_encoder, path)
     vocabulary = gzip.compress(b"header\n" + b"".join(b"%c %c\n" % (c, c) for c in range(97, 123)))
-    assert "vocabulary of 540" in sentence(lambda v: tok.ClipText(tok.TextTower(520, 77, 32, 1, 32), v), vocabulary)
+    with pytest.raises(tok.UserError, match="^the vocabulary in the checkpoint: a vocabulary of 540, .{9,99}$"):  # and not its bytes
+        tok.ClipText(tok.TextTower(520, 77, 32, 1, 32), vocabulary)
 
 
 def test_a_checkpoint_cannot_order_a_large_word_encoder(monkeypatch):

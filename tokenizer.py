@@ -121,11 +121,12 @@ class ViT(nn.Module):
         return torch.cat([self.cls_token, self.register_tokens], 1)
 
     def patch_positions(self, h, w):
-        """Position embedding of an h x w grid of patches, (1,h*w,D); resized on the CPU, once a size while it is frozen."""
+        """Position embedding of an h x w grid of patches, (1,h*w,D); resized on the CPU, once a size unless it is trained."""
         if h == w == self.grid:
             return self.pos_embed[:, 1:]
+        trained = self.pos_embed.requires_grad and torch.is_grad_enabled()
         version = (self.pos_embed.data_ptr(), None if self.pos_embed.is_inference() else self.pos_embed._version)
-        if not self.pos_embed.requires_grad and self._resized.get((h, w), (None,))[0] == version:
+        if not trained and self._resized.get((h, w), (None,))[0] == version:
             return self._resized[h, w][1]
         n = self.grid
         pos = self.pos_embed[:, 1:].float().cpu().view(1, n, n, -1).permute(0, 3, 1, 2)                        # (1,D,n,n)
@@ -134,7 +135,7 @@ class ViT(nn.Module):
         else:
             pos = F.interpolate(pos, size=(h, w), mode="bicubic", antialias=True)
         pos = pos.flatten(2).mT.to(self.pos_embed)                                                             # (1,h*w,D)
-        if not self.pos_embed.requires_grad:
+        if not trained:
             self._resized[h, w] = version, pos
         return pos
 

@@ -14,6 +14,7 @@ import argparse
 import collections
 import contextlib
 import datetime
+import functools
 import hashlib
 import io
 import json
@@ -98,22 +99,20 @@ def main():
     """Stage 1 from the command line: everything is checked, built or restored, then the loop. Raises UserError."""
     from sample import RepTok  # not above, for sample.py itself needs this file
     args = options()
+    begun = RepTok.load(args.init) if args.init else None
+    complete(args, PAPER, NANO, begun and begun.decoder)
+    args.pixels = begun.pixels if begun else args.pixels or SIZES[args.size]["pixels"]
     if args.write_data:
         return write_data(args.write_data, args.num, args.seed, args.pixels)
     ranks = Ranks(args.device)
     if args.bench:
         return bench(args, ranks)
-    parts = None
-    if args.init:
-        begun = initial(RepTok.load(args.init))
-        args.pixels, parts = begun.pixels, (begun.tokenizer, begun.decoder, begun.vae)
-        complete(args, PAPER, NANO, begun.decoder)
     ranks.divide(args)
     out = Path(args.out, "stage1.pt")
     pictures = Pictures(args.data, args.pixels, args.seed)
     make_folder(args.out)
-    last = continued(out, args, "stage1", pictures.fingerprint)
-    tokenizer, decoder, vae = (u.to(ranks.device) for u in parts or build(args, pictures, ranks))
+    last = continued(out, args, pictures.fingerprint)
+    tokenizer, decoder, vae = (u.to(ranks.device) for u in build(args, pictures, ranks, begun))
     tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing
     if last:
         tokenizer.load_state_dict(last["tokenizer"]["state"]), decoder.load_state_dict(last["decoder"]["state"])
@@ -125,7 +124,7 @@ def main():
 
     targets = cached_targets(args, stage1, vae, pictures, ranks) if args.cache else lambda x, i, m: frozen_targets(stage1, vae, x)
     run = Run(out, stage1, args, ranks, last, pictures, pictures.fingerprint, model.parts, picture, {"tokenizer.embedding": args.token_lr})
-    del last  # at XL, ten gigabytes
+    del last, begun  # at XL, ten gigabytes
 
     def losses(t, indices, x, mirror, noise, vae_noise):
         mean, logvar, prior = targets(x, indices, mirror)                                          # (b,C,h,w) twice, (b,K,D)
@@ -151,7 +150,7 @@ def main():
 def options():
     """The command line of stage 1."""
     p = Parser(__doc__)
-    common_options(p, 1)
+    common_options(p, 500)
     p.add("--encoder", None, "DINOv2, MAE or CLIP file or name, a prior.pt, or 'random' (all unfrozen, lambda 0); default: nano trains a prior")
     p.add("--vae", None, "SD VAE file; default: nano works on pixels")
     p.add("--init", None, "checkpoint (ours or the authors') to fine-tune from")
@@ -162,6 +161,7 @@ def options():
     p.add("--token", "cls", "what is read: class token, one register, or all of them (K = 1 + registers)", choices=["cls", "reg", "all"])
     p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
     p.add("--prior", "self", "how nano's own prior is trained: self-supervised, or by the labels", choices=["self", "labels"])
+    p.add("--prior-steps", 1600, "steps of nano's own prior, 128 pictures each", type=whole(1))
     p.add("--registers", 4, "register tokens of nano's own prior", type=whole(0))
     p.add("--t-mean", None, "t = sigmoid(N(this,1)); below 0 nearer to noise", type=number(-10, 10))
     p.add("--cache", None, "compute VAE posteriors and original tokens once, into a float16 file (default: nano only)", action=argparse.BooleanOptionalAction)
@@ -179,16 +179,15 @@ def options():
                 raise UserError(f"--{name.replace('_', '-')}: {why}; leave the option out")
     if args.token != "cls" and not args.registers:
         raise UserError(f"--token {args.token} needs an encoder with register tokens; use --token cls")
-    if not args.init:
-        complete(args, PAPER, NANO)
-        args.pixels = args.pixels or SIZES[args.size]["pixels"]
     if args.encoder == "random":
         args.unfreeze, args.lam = "all", 0.0
     return args
 
 
-def build(args, pictures, ranks):
-    """Tokenizer, decoder and VAE of this run, on the CPU, before any weight of a checkpoint. Raises UserError."""
+def build(args, pictures, ranks, begun=None):
+    """Tokenizer, decoder and VAE of this run, new or `begun` (the RepTok of --init), on the CPU. Raises UserError."""
+    if begun:
+        return begun.tokenizer, begun.decoder, begun.vae
     nano = args.size == "nano"
     if not nano and not args.vae:
         raise UserError(f"--size {args.size} works in SD-VAE latents: give --vae the file diffusion_pytorch_model.safetensors of "
@@ -200,22 +199,12 @@ def build(args, pictures, ranks):
     if args.pixels % vae.factor:
         raise UserError(f"--pixels {args.pixels} is not a multiple of the VAE's {vae.factor}")
     Decoder(**{**SIZES[args.size]["decoder"], "depth": 0}, channels=vae.channels, size=args.pixels // vae.factor)  # refuses bad sizes early
-    vit = encoder(args.encoder) if args.encoder and args.encoder != "random" else None
-    vit = vit or (new_vit(args) if args.encoder else self_supervised(args, pictures, ranks))
+    vit = new_vit(args) if args.encoder == "random" else encoder(args.encoder) if args.encoder else self_supervised(args, pictures, ranks)
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer(vit, args.token, args.reg_index, args.unfreeze)
     decoder = Decoder(**SIZES[args.size]["decoder"], channels=vae.channels, size=args.pixels // vae.factor,
                       token_dim=tokenizer.width, K=tokenizer.K)
     return tokenizer, decoder, vae
-
-
-def initial(model):
-    """A loaded checkpoint, ours or the authors', ready to be trained on."""
-    model.tokenizer.vit.requires_grad_(model.tokenizer.original is not None), model.decoder.requires_grad_(True)
-    for p in (model.tokenizer.vit.cls_token, model.tokenizer.vit.register_tokens):
-        p.requires_grad_(False)
-    model.tokenizer.embedding.requires_grad_(model.tokenizer.config["unfreeze"] != "none")
-    return model
 
 
 def encoder(path):
@@ -224,15 +213,11 @@ def encoder(path):
     content = tok.read_file(path)
     if not (isinstance(content, dict) and content.get("kind") == "prior"):
         return tok.load_encoder(path)
-    try:
+    with naming(f"{path}: a damaged prior", "; delete it or give another"):
         plausible(content["config"], content["state"])
         with torch.device("meta"):
             vit = ViT(**content["config"])
         return tok.fit(vit, content["state"], path, "a prior").requires_grad_(False)
-    except UserError:
-        raise
-    except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
-        raise UserError(f"{path}: a damaged prior ({damage(e)}); delete it or give another") from None
 
 
 def new_vit(args):
@@ -261,12 +246,11 @@ def self_supervised(args, pictures, ranks):
         solo = argparse.Namespace(rank=0, world=1, device=ranks.device)
         loader = Loader(pictures, Order(len(pictures), min(128, len(pictures)), solo, 0, args.prior_steps, args.seed + 1), solo,
                         args.workers, args.max_bad)
-        bar, classes = tqdm(total=len(loader), desc="prior", dynamic_ncols=True), len(pictures.classes) if args.prior == "labels" else 0
-        for step, loss in enumerate(tok.pretrain(vit, loader, args.seed, classes=classes)):
-            bar.update()
+        classes = len(pictures.classes) if args.prior == "labels" else 0
+        bar = tqdm(tok.pretrain(vit, loader, args.seed, classes=classes), "prior", len(loader), dynamic_ncols=True)
+        for step, loss in enumerate(bar):
             if step % 20 == 0:
                 bar.set_postfix_str(f"loss {loss.item():.3f}")
-        bar.close()
         save_checkpoint(path, {"kind": "prior", "settings": made, "config": vit.config, "state": vit.cpu().state_dict()})
     ranks.wait()
     return encoder(str(path))
@@ -284,11 +268,6 @@ def plausible(config, state):
     width, heads = config.get("width", 0), config.get("heads", 1)
     if config.get("depth", 0) > len(state) or not heads or width % heads:
         raise ValueError("its settings are not those of its network")
-
-
-def damage(e):
-    """An exception in one short line."""
-    return f"{type(e).__name__}: {tok.plain(str(e), 120)}"
 
 
 def write_data(folder, count, seed, pixels):
@@ -345,24 +324,43 @@ class Run:
 
     def __init__(self, out, module, args, ranks, last, pictures, digest, content, picture, rates={}):
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        factor = {name: rates.get(name, 1.0) for name in named}
-        groups = [{"params": [named[name] for name in named if factor[name] == f], "factor": f} for f in sorted(set(factor.values()))]
+        factors = sorted({rates.get(name, 1.0) for name in named})
+        groups = [{"params": [p for name, p in named.items() if rates.get(name, 1.0) == f], "factor": f} for f in factors]
         self.optimizer, self.ema = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True), EMA(named, args.ema)
         if last:
             self.optimizer.load_state_dict(last["optimizer"])
-            torch.set_rng_state(last["rng"])
-            torch._foreach_copy_(self.ema.average, [last["ema"][name] for name in self.ema.names])
+            torch._foreach_copy_(list(self.ema.average.values()), [last["ema"][name] for name in named])
         self.out, self.args, self.ranks, self.pictures, self.digest, self.content, self.picture = out, args, ranks, pictures, digest, content, picture
         self.model, self.first = ranks.wrap(torch.compile(module) if args.compile else module), last["step"] if last else 0
         if ranks.main:
-            trained = collections.Counter()
-            for name, p in named.items():
-                trained[name.split(".")[0]] += p.numel()
-            print(f"{len(pictures)} pictures, {len(pictures.classes)} classes; trained: {', '.join(f'{n:,} numbers of the {part}' for part, n in trained.items())}; "
+            count = {part: sum(p.numel() for p in child.parameters() if p.requires_grad) for part, child in module.named_children()}
+            print(f"{len(pictures)} pictures, {len(pictures.classes)} classes; trained: {', '.join(f'{n:,} numbers of the {part}' for part, n in count.items() if n)}; "
                   f"batch {args.batch} = {ranks.world} processes x {args.accumulate} x {args.batch // ranks.world // args.accumulate}; "
                   f"steps {self.first} to {args.steps}")
         self.log = Log(out.with_suffix(".jsonl"), ranks, self.first, args.steps, args.batch)
-        self.bins, self.interruption = Bins(ranks.device), Interruption(ranks)
+        self.bins, self.asked, self.flags = Bins(ranks.device), 0.0, []
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, self.ask)
+
+    def ask(self, *_):
+        """What a signal does: finish the step, save, exit 0. A second one changes nothing: launchers send several."""
+        self.asked = 1.0
+
+    def stopping(self, bad, losses, step, indices):
+        """True if a signal asks any rank to stop. Raises UserError, naming step and pictures, where the loss was not finite.
+
+        All ranks see it at the same step; on a GPU that is one step late, so that the loop does not wait for the device.
+        """
+        self.flags.append((self.ranks.sum(torch.stack([bad, torch.full_like(bad, self.asked)])), losses, step, indices))
+        late, asked = bad.is_cuda and step < self.args.steps, 0.0
+        while len(self.flags) > late:
+            flags, losses, step, indices = self.flags.pop(0)
+            bad, asked = flags.tolist()
+            if bad:
+                which = [self.pictures.names[i] for i in indices[~losses.isfinite().cpu()].tolist()] or ["none of this rank's alone"]
+                raise UserError(f"the loss or its gradient is not finite at step {step}, pictures: {', '.join(which[:5])}; the last checkpoint "
+                                f"is untouched: try a smaller --lr or --dtype float32")
+        return asked > 0
 
     def step(self, step, losses, *inputs):
         """One optimizer step; returns whether to stop. inputs: time t (B,), numbers of the pictures (B,), and what else the losses need;
@@ -380,7 +378,7 @@ class Run:
         norm, bad = move(self.optimizer, self.ema.parameters, args.clip_grad)
         self.ema.update(step)
         self.bins.add(t, parts["flow"])
-        stopping, end = self.interruption.check(bad, parts["loss"], step + 1, indices, self.pictures), step + 1 == args.steps
+        stopping, end = self.stopping(bad, parts["loss"], step + 1, indices), step + 1 == args.steps
         self.log.bar.update()
         if (step + 1) % args.log_every == 0 or end:
             means = self.ranks.sum(torch.stack([part.mean() for part in parts.values()]) / self.ranks.world).tolist()
@@ -396,10 +394,11 @@ class Run:
         """Checkpoint and picture, by rank 0."""
         if self.ranks.main:
             save_checkpoint(self.out, {
-                **self.content(), "step": step, "settings": {**settings(self.args), "data": self.digest},
-                "ema": self.ema.state(), "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()})
+                **self.content(), "step": step, "settings": {**vars(self.args), "data": self.digest}, "ema": self.ema.average,
+                "optimizer": self.optimizer.state_dict()})
             with torch.no_grad(), self.ema.applied(), autocast(self.ranks, self.args.dtype):
-                save_picture(self.picture(), self.out.with_suffix(".png"))
+                picture = self.picture()
+            fid.write_file(self.out.with_suffix(".png"), lambda f: picture.save(f, "PNG"))
         self.ranks.wait()
 
 
@@ -426,7 +425,7 @@ def autocast(ranks, dtype):
     """The autocast context of --dtype; auto takes bfloat16 where the device has matrix instructions for it."""
     kind = ranks.device.type
     if dtype == "auto":
-        able = torch.cuda.is_bf16_supported() if kind == "cuda" else kind == "cpu" and torch.cpu._is_amx_tile_supported()
+        able = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else kind == "cpu" and torch.cpu._is_amx_tile_supported()
         dtype = "bfloat16" if able else "float32"
     return torch.autocast(kind, torch.bfloat16, enabled=dtype == "bfloat16")
 
@@ -435,101 +434,63 @@ class EMA:
     """Moving average of the trained parameters {name: parameter}; its decay warms up, or short runs would keep their initial weights."""
 
     def __init__(self, named, decay):
-        self.names, self.parameters, self.decay = list(named), list(named.values()), decay
-        self.average = [p.detach().clone() for p in self.parameters]
-
-    def state(self):
-        """{name: average}."""
-        return dict(zip(self.names, self.average))
+        self.parameters, self.decay = list(named.values()), decay
+        self.average = {name: p.detach().clone() for name, p in named.items()}
 
     @torch.no_grad()
     def update(self, step):
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), self.parameters, 1 - decay)
 
     @contextlib.contextmanager
+    @torch.no_grad()
     def applied(self):
         """Within it the model holds the averaged weights."""
-        kept = [p.detach().clone() for p in self.parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.average)
+        kept = [p.clone() for p in self.parameters]
+        torch._foreach_copy_(self.parameters, list(self.average.values()))
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, kept)
+            torch._foreach_copy_(self.parameters, kept)
 
 
 class Log:
     """OUT/NAME.jsonl, a flushed line a logged step, and a progress bar with smoothed loss, step time and time left."""
 
     def __init__(self, path, ranks, first, last, batch):
-        self.ranks, self.batch, self.smooth, self.since = ranks, batch, None, (time.time(), first)
+        self.ranks, self.batch, self.smooth, self.since = ranks, batch, None, (time.perf_counter(), first)
         self.bar = tqdm(total=last, initial=first, disable=not ranks.main, desc=path.stem, dynamic_ncols=True)
         if ranks.main:
             before = path.read_text().splitlines() if first and path.exists() else []
             kept = [line for line in before if line.endswith("}") and json.loads(line)["step"] <= first]
-            path.write_text("".join(f"{line}\n" for line in kept))  # what a killed run logged after its last checkpoint comes again
-            self.file = open(path, "a")
+            self.file = open(path, "w", buffering=1)  # a line is out as soon as it is written
+            self.file.writelines(f"{line}\n" for line in kept)  # what a killed run logged after its last checkpoint comes again
 
     def write(self, step, loss, **values):
         """`loss` is that step's, over the whole batch; `values` go into the file as they are."""
         self.smooth = loss if self.smooth is None else 0.7 * self.smooth + 0.3 * loss
-        (then, before), self.since = self.since, (time.time(), step)
+        (then, before), self.since = self.since, (time.perf_counter(), step)
         seconds = (self.since[0] - then) / max(1, step - before)
         self.bar.set_postfix_str(f"loss {self.smooth:.4f}, {1e3 * seconds:.0f} ms, {self.batch / seconds:.0f} images/s", refresh=False)
         if self.ranks.main:
             self.file.write(json.dumps({"step": step, "loss": loss, **values, "images_per_second": round(self.batch / seconds, 1)}) + "\n")
-            self.file.flush()
 
 
 class Bins:
     """Mean loss in eight equal segments of t, kept on the device: the cheapest look into a flow model."""
 
     def __init__(self, device):
-        self.total, self.count = torch.zeros(8, device=device), torch.zeros(8, device=device)
+        self.sums = torch.zeros(2, 8, device=device)  # of the losses, and how many
 
     def add(self, t, loss):
         """t (B,), loss (B,)."""
-        segment = (t * 8).long().clamp(max=7)
-        self.total.index_add_(0, segment, loss.float())
-        self.count.index_add_(0, segment, torch.ones_like(t))
+        self.sums.index_add_(1, (t * 8).long().clamp(max=7), torch.stack([loss.float(), torch.ones_like(t)]))
 
     def read(self, ranks):
         """Eight means over all ranks (None where nothing fell) since the last call."""
-        total, count = (ranks.sum(u.clone()).tolist() for u in (self.total, self.count))
-        self.total.zero_(), self.count.zero_()
+        total, count = ranks.sum(self.sums).tolist()
+        self.sums.zero_()
         return [round(a / n, 5) if n else None for a, n in zip(total, count)]
-
-
-class Interruption:
-    """SIGINT and SIGTERM on any rank, and a gradient that is not finite, seen by all ranks at the same step.
-
-    The flags of a step are read one step later on a GPU, so that the loop does not wait for the device.
-    """
-
-    def __init__(self, ranks):
-        self.ranks, self.asked, self.flags, self.lag = ranks, 0.0, [], 1 if ranks.device.type == "cuda" else 0
-        for which in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(which, self.ask)
-
-    def ask(self, *_):
-        """The signal handler: finish the step, save, exit 0. A second signal changes nothing: launchers send several."""
-        self.asked = 1.0
-
-    def check(self, bad, losses, step, indices, pictures):
-        """True if a signal asks to stop. Raises UserError, naming step and pictures, where the loss was not finite."""
-        flags = self.ranks.sum(torch.stack([bad, torch.full_like(bad, self.asked)]))
-        self.flags.append((flags, losses, step, indices))
-        if len(self.flags) <= self.lag:
-            return False
-        flags, losses, step, indices = self.flags.pop(0)
-        bad, asked = flags.tolist()
-        if bad:
-            which = [pictures.names[i] for i in indices[~losses.isfinite().cpu()].tolist()] or ["none of this rank's alone"]
-            raise UserError(f"the loss or its gradient is not finite at step {step}, pictures: {', '.join(which[:5])}; the last checkpoint "
-                            f"is untouched: try a smaller --lr or --dtype float32")
-        return asked > 0
 
 
 def save_checkpoint(path, content):
@@ -571,15 +532,15 @@ FREE = {"out", "steps", "log_every", "save_every", "device", "workers", "fresh",
         "bench", "write_data", "num", "stage1"}
 
 
-def continued(path, args, kind, digest):
+def continued(path, args, digest):
     """The checkpoint that a run goes on from, or None; exits 0 where it is finished. Raises UserError where a setting differs."""
     if args.fresh or not (path.exists() or path.with_suffix(".prev.pt").exists()):
         return None
-    content = load_checkpoint(path, [kind])
+    content = load_checkpoint(path, [path.stem])
     if "settings" not in content:
         raise UserError(f"{path}: an export, which holds nothing to go on from; use it with --init or --stage1, and another --out or --fresh")
-    now, then = {**settings(args), "data": digest}, content["settings"]
-    for name in sorted(now.keys() | then.keys(), key=lambda name: (name != "size", name)):  # others hang on the size
+    now, then = {**vars(args), "data": digest}, content["settings"]
+    for name in sorted(now, key=lambda name: (name != "size", name)):  # others hang on the size
         if name not in FREE and now.get(name) != then.get(name):
             option = "--" + name.replace("_", "-")
             how = "or the weights that read it are others than" if name == "data" else f"is {now.get(name)} but was {then.get(name)}"
@@ -588,11 +549,6 @@ def continued(path, args, kind, digest):
         print(f"{path} is finished at step {content['step']}; a larger --steps goes on from there")
         sys.exit(0)
     return content
-
-
-def settings(args):
-    """The options as plain values, for the checkpoint."""
-    return {k: v for k, v in vars(args).items() if v is None or isinstance(v, (bool, int, float, str, list))}
 
 
 # ---- Shared: ranks, random numbers, what is computed once
@@ -675,14 +631,11 @@ def computed_once(path, fields, pictures, ranks, args, compute):
     """
     N, V = len(pictures), 1 + args.flip
     record = np.dtype([("label", "<i4"), *((name, "<f2", (V, *shape)) for name, shape in fields), ("done", "u1")])
-    try:
-        there = np.load(path, mmap_mode="r")
-        usable = there.shape == (N,) and there.dtype == record
-    except (OSError, ValueError, EOFError):
-        usable = False
-    ranks.wait()
-    if ranks.main and not usable:
-        np.lib.format.open_memmap(path, mode="w+", dtype=record, shape=(N,)).flush()
+    if ranks.main:
+        try:
+            np.load(path, mmap_mode="r")  # its name says what is in it
+        except (OSError, ValueError, EOFError):  # not there, or cut short when it was made
+            np.lib.format.open_memmap(path, mode="w+", dtype=record, shape=(N,)).flush()
     ranks.wait()
     rows = np.load(path, mmap_mode="r")
     chunks = [list(range(i, min(i + CHUNK, N))) for i in range(0, N, CHUNK)][ranks.rank::ranks.world]
@@ -756,10 +709,6 @@ def text_features(file):
     return features, mask
 
 
-class Unreadable(UserError):
-    """A picture that cannot be decoded; training skips a few of them."""
-
-
 class Pictures(torch.utils.data.Dataset):
     """An indexed set of pictures, with captions where there are some.
 
@@ -770,6 +719,7 @@ class Pictures(torch.utils.data.Dataset):
     by the next readable one. labels (N,) long; classes: names of the top folders, sorted; none where there are none.
     Raises UserError where nothing is found, a listed picture is missing or a caption is empty.
     """
+
     def __init__(self, source, pixels, seed=0, named=False):
         self.source, self.pixels, self.kept, self.archives, self.texts, self.npz = source, pixels, {}, {}, {}, {}
         if source is None:
@@ -778,22 +728,21 @@ class Pictures(torch.utils.data.Dataset):
             self.labels, stamp = torch.tensor([plan.digit for plan in self.plans]), f"digits {seed} {DIGITS} {named}"
             self.texts = {i: plan.captions for i, plan in enumerate(self.plans)} if named else {}
         else:
-            found = dict(sorted(self.find(Path(source))))                                          # name -> place
-            self.names = [name for name in found if name.lower().endswith(fid.SUFFIXES) and "__MACOSX" not in name and "/." not in name]
+            found = dict(sorted(self.find(Path(source)), key=lambda pair: pair[0]))                # name -> place
+            table = Path(source).suffix in (".tsv", ".jsonl")
+            self.names = [name for name in found if name.lower().endswith(fid.SUFFIXES) and (table or "__MACOSX" not in name and "/." not in name)]
             if not self.names:
                 raise UserError(f"{source}: no pictures in it; expected a folder, .zip, .tar, .tsv or .jsonl with {', '.join(fid.SUFFIXES)} files")
-            self.places, stem = [found[name] for name in self.names], lambda name: name.rsplit(".", 1)[0]
-            texts = {stem(name): place for name, place in found.items() if name.endswith((".txt", ".json"))}
-            features = {stem(name): place for name, place in found.items() if name.endswith(".npz")}
+            self.places = [found[name] for name in self.names]
             for i, name in enumerate(self.names):
-                if name in self.listed or stem(name) in texts:
-                    self.texts[i] = self.listed.get(name) or texts[stem(name)]
-                if stem(name) in features:
-                    self.npz[i] = features[stem(name)]
+                stem = name.rsplit(".", 1)[0]
+                for beside, kept in ((f"{stem}.json", self.texts), (f"{stem}.txt", self.texts), (f"{name}.txt", self.texts), (f"{stem}.npz", self.npz)):
+                    if beside in found:
+                        kept[i] = found[beside]
             tops = [name.rsplit(".tar: ", 1)[-1].split("/")[:-1] for name in self.names]  # shards are no classes
             while all(len(top) > 1 and top[0] == tops[0][0] for top in tops):  # one folder around all, as in many archives
                 tops = [top[1:] for top in tops]
-            self.classes = sorted({top[0] for top in tops}) if all(tops) and not self.listed else []
+            self.classes = sorted({top[0] for top in tops}) if all(tops) and not table else []
             number = {name: i for i, name in enumerate(self.classes)}
             self.labels = torch.tensor([number[top[0]] if number else 0 for top in tops])
             stamp = "".join(f"{name} {place[-1] if len(place) > 1 else os.path.getsize(place[0])}\n" for name, place in zip(self.names, self.places))
@@ -801,13 +750,13 @@ class Pictures(torch.utils.data.Dataset):
         self.small = len(self.names) * 3 * pixels**2 <= 2**28  # decoded pictures then stay in memory
 
     def find(self, source):
-        """Yields (name, place) of every file; a place is (path), (path of a .zip, name in it, CRC) or (path of a .tar, offset, size)."""
-        self.listed = {}
+        """Yields (name, place) of every file; a place is (path), (path of a .zip, name in it, CRC) or (path of a .tar, offset, size), or the list of
+        captions that a table gives."""
         if source.is_dir():
-            for path in source.rglob("*"):
+            for path in (path for path in source.rglob("*") if not path.name.startswith(".")):
                 if path.suffix == ".tar":
                     yield from self.tar(path, f"{path.relative_to(source).as_posix()}: ")
-                elif path.is_file() and not path.name.startswith("."):
+                elif path.is_file():
                     yield path.relative_to(source).as_posix(), (str(path),)
         elif not source.is_file():
             raise UserError(f"{source}: no such file or folder; give a folder of pictures, a .zip or .tar of one, or a .tsv or .jsonl")
@@ -816,42 +765,33 @@ class Pictures(torch.utils.data.Dataset):
         elif source.suffix in (".tsv", ".jsonl"):
             yield from self.table(source)
         else:
-            try:
-                with zipfile.ZipFile(source) as archive:
-                    infos = [info for info in archive.infolist() if not info.is_dir()]
-            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
-                raise UserError(f"{source}: neither a folder nor a whole .zip, .tar, .tsv or .jsonl ({e})") from None
+            with naming(f"{source}: neither a folder nor a whole .zip, .tar, .tsv or .jsonl"), zipfile.ZipFile(source) as archive:
+                infos = [info for info in archive.infolist() if not info.is_dir()]
             yield from ((info.filename, (str(source), info.filename, info.CRC)) for info in infos)
 
     def tar(self, path, prefix):
         """The members of a .tar shard by offset, so that any of them can be read at once."""
-        try:
-            with tarfile.open(path, "r:") as archive:
-                for member in archive:
-                    if member.isfile():
-                        if member.offset_data + member.size > os.path.getsize(path):
-                            raise tarfile.ReadError(f"{member.name} is cut short")
-                        yield prefix + member.name, (str(path), member.offset_data, member.size)
-        except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as e:
-            raise UserError(f"{path}: not a whole .tar ({e}); get it again") from None
+        with naming(f"{path}: not a whole .tar", "; get it again"), tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isfile():
+                    if member.offset_data + member.size > os.path.getsize(path):
+                        raise tarfile.ReadError(f"{member.name} is cut short")
+                    yield prefix + member.name, (str(path), member.offset_data, member.size)
 
     def table(self, path):
         """The pictures of a .tsv (file, tab, caption) or .jsonl ({"file": ..., "caption": ...}), relative to its folder."""
-        try:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            rows = [(row["file"], row["caption"]) if path.suffix == ".jsonl" else row.split("\t", 1) for row in
-                    (json.loads(line) if path.suffix == ".jsonl" else line for line in lines)]
-            rows = [(str(file), caption) for file, captions in rows for caption in (captions if isinstance(captions, list) else [captions])]
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise UserError(f"{path}: expected lines of file, tab and caption, or of JSON with file and caption ({e})") from None
-        for file, caption in rows:
-            place = path.parent / file
-            if file not in self.listed and not place.is_file():
+        listed = collections.defaultdict(list)
+        with naming(f"{path}: expected lines of file, tab and caption, or of JSON with file and caption"):
+            for line in filter(str.strip, path.read_text(encoding="utf-8").split("\n")):
+                row = json.loads(line) if path.suffix == ".jsonl" else dict(zip(("file", "caption"), line.split("\t", 1)))
+                listed[str(row["file"])] += row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+        for file, captions in listed.items():
+            if not (path.parent / file).is_file():
                 raise UserError(f"{path}: {file} is not there; paths are relative to {path.parent}")
-            if not str(caption).strip():
+            if not all(str(caption).strip() for caption in captions):
                 raise UserError(f"{path}: {file} has an empty caption; write one or leave the line out")
-            self.listed.setdefault(file, []).append(str(caption))
-        yield from ((file, (str(path.parent / file),)) for file in self.listed)
+            yield file, (str(path.parent / file),)
+            yield f"{file}.txt", [str(caption) for caption in captions]
 
     def bytes(self, place, limit=2**28):
         """What lies at a place, at most `limit` bytes."""
@@ -871,36 +811,30 @@ class Pictures(torch.utils.data.Dataset):
         place = self.texts.get(i)
         if isinstance(place, list):
             return place
-        try:
+        with naming(f"{self.source}: the caption of {self.names[i]} cannot be read"):
             text = self.bytes(place, 2**20).decode() if place else ""
             captions = json.loads(text)["caption"] if text.lstrip().startswith("{") else text.strip().split("\n")
             captions = captions if isinstance(captions, list) else [captions]
-        except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile, RecursionError) as e:
-            raise UserError(f"{self.source}: the caption of {self.names[i]} cannot be read ({e})") from None
         if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
             raise UserError(f"{self.source}: {self.names[i]} has no caption or an empty one; write one or take the picture out")
         return captions
 
     def features(self, i):
         """Text features made beforehand: (features (L,C) float32, mask (L,) bool) of picture i. Raises UserError."""
-        try:
+        with naming(f"{self.source}: no text features (L,C) for {self.names[i]}"):
             return text_features(io.BytesIO(self.bytes(self.npz[i])))
-        except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
-            raise UserError(f"{self.source}: no text features (L,C) for {self.names[i]} ({e})") from None
 
     def __len__(self):
         return len(self.names)
 
     def read(self, i):
-        """uint8 (3,pixels,pixels). Raises Unreadable."""
+        """uint8 (3,pixels,pixels). Raises UserError where it cannot be decoded."""
         if i not in self.kept:
             if self.source is None:
                 image = draw_digit(self.plans[i], self.pixels)
             else:
-                try:
+                with naming(f"{self.names[i]}: not a readable picture"):
                     image = Image.fromarray(fid.decode(io.BytesIO(self.bytes(self.places[i]))))
-                except Exception as e:  # the file is untrusted: whatever it breaks, it is the file
-                    raise Unreadable(f"{self.names[i]}: not a readable picture ({e})") from None
                 image = np.array(ImageOps.fit(image, (self.pixels, self.pixels), Image.Resampling.BICUBIC))
             x = torch.from_numpy(image).permute(2, 0, 1)
             if not self.small:
@@ -909,10 +843,10 @@ class Pictures(torch.utils.data.Dataset):
         return self.kept[i]
 
     def __getitem__(self, i):
-        for shift in range(len(self)):
+        for j in range(i, i + len(self)):
             try:
-                return self.read((i + shift) % len(self)), self.labels[(i + shift) % len(self)], i, shift == 0
-            except Unreadable:
+                return self.read(j % len(self)), self.labels[j % len(self)], i, j == i
+            except UserError:
                 pass
         raise UserError(f"{self.source}: not one of its {len(self)} pictures can be read")
 
@@ -928,15 +862,11 @@ class Order:
         return self.last - self.first
 
     def __iter__(self):
-        epoch, permutation, share = -1, None, self.batch // self.ranks.world
+        permutation = functools.lru_cache(1)(lambda epoch: np.random.default_rng([self.seed, epoch]).permutation(self.n))
+        share = self.batch // self.ranks.world
         for step in range(self.first, self.last):
-            indices = []
-            for position in range(step * self.batch + self.ranks.rank * share, step * self.batch + (self.ranks.rank + 1) * share):
-                if position // self.n != epoch:
-                    epoch = position // self.n
-                    permutation = np.random.default_rng([self.seed, epoch]).permutation(self.n)
-                indices.append(int(permutation[position % self.n]))
-            yield indices
+            at = step * self.batch + self.ranks.rank * share
+            yield [int(permutation(position // self.n)[position % self.n]) for position in range(at, at + share)]
 
 
 class Loader:
@@ -972,13 +902,6 @@ def grid(rows):
     return picture.resize((B * W * scale, R * H * scale), Image.Resampling.NEAREST)
 
 
-def save_picture(picture, path):
-    """A PNG, renamed into place."""
-    temporary = Path(path).with_suffix(".tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
-
-
 # ---- Shared: options and errors
 
 
@@ -997,31 +920,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def whole(low, high=2**31):
-    """An argparse type: a whole number within [low, high]."""
-    def parse(text):
-        if not text.lstrip("-").isdigit() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-        return int(text)
-    return parse
-
-
-def number(low, high=math.inf):
+def number(low, high=math.inf, kind=float):
     """An argparse type: a finite number within [low, high]."""
     def parse(text):
         try:
-            value = float(text)
+            value = kind(text)
         except ValueError:
             value = math.nan
         if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from {low} to {high}")
         return value
     return parse
 
 
-def common_options(parser, stage):
+whole = functools.partial(number, high=2**31, kind=int)
+
+
+def common_options(p, save_every):
     """The options of both trainers."""
-    p = parser
     p.add("--out", "out", "folder for checkpoint, log and pictures")
     p.add("--data", None, "folder of pictures (sub-folders are classes), .zip of one, or .tar shards; default: coloured digits")
     p.add("--size", None, "size of the networks (default: that of the checkpoint that is begun with, else nano)", choices=list(SIZES))
@@ -1034,9 +950,8 @@ def common_options(parser, stage):
     p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
     p.add("--clip-grad", 1.0, "largest norm of the gradient; 0 is none", type=number(0))
     p.add("--accumulate", 1, "cut each GPU's part of the batch into this many pieces to save memory", type=whole(1))
-    p.add("--prior-steps", 1600, "steps of the prior, 128 pictures each, where one is trained", type=whole(1))
     p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
-    p.add("--save-every", 500 if stage == 1 else 1000, "steps between checkpoints and pictures", type=whole(1))
+    p.add("--save-every", save_every, "steps between checkpoints and pictures", type=whole(1))
     p.add("--device", "auto", "auto (cuda where there is one, else cpu), cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
     p.add("--dtype", "auto", "of the networks: auto is bfloat16 where the device has matrix instructions for it",
           choices=["auto", "float32", "bfloat16"])
@@ -1069,11 +984,25 @@ def make_folder(path, option="--out"):
         raise UserError(f"{option} {path}: nothing may be written there; give another folder")
 
 
+ERRORS = UserError, dec.UserError, fid.UserError  # each file that can be copied alone has its own
+
+
+@contextlib.contextmanager
+def naming(what, mend=""):
+    """Strangers' files raise a dozen kinds of exceptions in their readers; each becomes a UserError: `what`, the reason, how to mend it."""
+    try:
+        yield
+    except ERRORS:
+        raise
+    except Exception as e:
+        raise UserError(f"{what} ({type(e).__name__}: {tok.plain(str(e), 120)}){mend}") from None
+
+
 def guarded(main):
     """Call main(); what a user can mend ends in one line and status 2, a programmer's error in its traceback."""
     try:
         main()
-    except (UserError, dec.UserError, fid.UserError) as e:
+    except ERRORS as e:
         for bar in list(getattr(tqdm, "_instances", ())):  # the sentence gets a line of its own
             bar.close()
         rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""

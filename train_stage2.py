@@ -28,11 +28,11 @@ NANO_TEXT = {**NANO, "steps": 850}  # text triples the cost of a step
 
 
 class Stage2(nn.Module):
-    """The Mixer, and the small text encoder where one is trained along, as one module."""
+    """The Mixer, and the text encoder where there is one, as one module."""
 
-    def __init__(self, mixer, words=None):
+    def __init__(self, mixer, text=None):
         super().__init__()
-        self.mixer, self.text = mixer, words
+        self.mixer, self.text = mixer, text
 
     def forward(self, z, t, noise, classes, text=None, mask=None):
         """Eq. 1 on normalised tokens z (B,K,D): the loss of each, (B,). `text` is features (B,L,C), or ids (B,L) for the encoder."""
@@ -57,42 +57,40 @@ def main():
     model, out = RepTok.load(args.stage1, ranks.device), Path(args.out, "stage2.pt")
     complete(args, *defaults, model.decoder)
     ranks.divide(args)
-    source = args.captions if args.captions and args.captions is not True else args.data
-    pictures = Pictures(source, model.pixels, args.seed, named=args.captions is True)
+    pictures = Pictures(args.data, model.pixels, args.seed, named=bool(args.captions))
     make_folder(args.out)
     digest = fingerprint(pictures, args.flip, model.tokenizer)
-    last = continued(out, args, "stage2", digest)
+    last = continued(out, args, digest)
     torch.manual_seed(args.seed)
     text, width = text_source(args, pictures, ranks.device) if args.captions else (None, None)
     tokens, labels = encode(model, pictures, ranks, args, digest)
-    (N, V, K, D), C = tokens.shape, 0 if args.captions else len(pictures.classes)
+    (N, V, K, D), classes = tokens.shape, [] if args.captions else pictures.classes
     # normalised tokens have mean 0 and variance 1 in every dimension; a released checkpoint keeps its own factor
     mean, std = (model.mean, model.std) if model.released else (tokens.float().mean((0, 1))[None], tokens.float().std((0, 1))[None] + 1e-6)
-    shape, S = SIZES[args.size]["mixer"], K + bool(C) + 4 * bool(width) + 1
+    C, shape = len(classes), SIZES[args.size]["mixer"]
+    S = K + bool(C) + 4 * bool(width) + 1
     mixer = Mixer(K, D, **shape, classes=C, token_hidden=args.token_expansion * S, channel_hidden=args.channel_expansion * shape["hidden"],
                   text_width=width).to(ranks.device)
-    stage2 = Stage2(mixer, text if isinstance(text, WordEncoder) else None)
     if last:
         mixer.load_state_dict(last["mixer"]["state"])
-        if stage2.text:
-            stage2.text.load_state_dict(last["text"]["state"])
-    model.mixer, model.mean, model.std, model.classes, model.text = mixer, mean, std, [] if args.captions else pictures.classes, text
-    if args.captions:  # fixed captions to look at
-        shown = [i * N // 10 for i in range(10)]
-        shown_text, shown_mask = (u.repeat_interleave(8, 0) for u in read_text(pictures, text, width, shown, [0.0] * 10, ranks.device))
-    else:
-        shown_text, shown_mask, shown = None, None, range(min(10, max(1, C)))
+        if text:
+            text.load_state_dict(last["text"]["state"])
+    model.mixer, model.mean, model.std, model.classes, model.text = mixer, mean, std, classes, text
+    shown = {"classes": torch.arange(min(10, max(1, C)))}  # to look at: fixed classes, or the captions of fixed pictures
+    if args.captions:
+        shown = dict(zip(("text", "mask"), read_text(pictures, text, width, [i * N // 10 for i in range(10)], [0.0] * 10, ranks.device)))
 
     def picture():
-        features = stage2.text(shown_text) if stage2.text else shown_text
-        z = model.generate(None if args.captions else torch.tensor(shown).repeat_interleave(8), steps=20, text=features, mask=shown_mask)
-        return grid(model.decode(z, steps=20).chunk(len(shown)))
+        given = {name: u.repeat_interleave(8, 0) for name, u in shown.items()}
+        if text:
+            given["text"] = text(given["text"])
+        return grid(model.decode(model.generate(steps=20, **given), steps=20).split(8))
 
-    run = Run(out, stage2, args, ranks, last, pictures, digest, model.parts, picture)
+    run = Run(out, Stage2(mixer, text), args, ranks, last, pictures, digest, model.parts, picture)
     del last
 
-    def losses(t, indices, z, noise, classes, *text):
-        loss = run.model(z, t, noise, classes, *text)                                              # Eq. 1 on tokens, (b,)
+    def losses(t, indices, z, *condition):
+        loss = run.model(z, t, *condition)                                                         # Eq. 1 on tokens, (b,)
         return {"loss": loss, "flow": loss}
 
     for step, indices in enumerate(Order(N, args.batch, ranks, run.first, args.steps, args.seed), run.first):
@@ -102,12 +100,12 @@ def main():
         noise = ranks.part(torch.randn(args.batch, K, D, generator=draw, device=ranks.device))
         rows = torch.tensor(indices, device=ranks.device)
         z = (tokens[rows, (view * V).long()].float() - mean) / std                                 # (b,K,D)
-        classes = torch.where(drop < args.label_drop, C, labels[rows])                             # (b,)
-        inputs = [z, noise, classes]
+        keep = drop >= args.label_drop                                                             # (b,)
+        condition = [torch.where(keep, labels[rows], C)]                                           # (b,)
         if args.captions:
             words, mask = read_text(pictures, text, width, indices, choice.tolist(), ranks.device)
-            inputs += [words, mask & (drop >= args.label_drop)[:, None]]                           # (b,L,C) or (b,L); (b,L)
-        if run.step(step, losses, t, torch.tensor(indices), *inputs):
+            condition += [words, mask & keep[:, None]]                                             # (b,L,C) or (b,L); (b,L)
+        if run.step(step, losses, t, torch.tensor(indices), z, noise, *condition):
             break
 
 
@@ -123,14 +121,14 @@ def text_source(args, pictures, device):
         return None, pictures.features(next(iter(pictures.npz)))[0].shape[1]
     words = sorted({word for i in range(len(pictures)) for caption in pictures.captions(i) for word in WordEncoder.split(caption)})
     if len(words) > 20_000:
-        raise UserError(f"--captions {args.captions}: {len(words)} different words are too many for the small encoder; give --clip and --bpe")
+        raise UserError(f"--captions {args.data}: {len(words)} different words are too many for the small encoder; give --clip and --bpe")
     print("No language model given: a small word-level encoder is trained along; real use takes CLIP (--clip) or features made beforehand")
     text = WordEncoder(words).to(device)
     return text, text.width
 
 
 def read_text(pictures, text, width, indices, draws, device):
-    """Text of a batch: (features (b,L,C), or ids (b,L) for the encoder trained along; mask (b,L)). draws (b,) choose the caption."""
+    """Text of a batch: (ids (b,L) for the encoder `text`, or made features (b,L,C) where it is None; mask (b,L)). draws (b,) choose the caption."""
     if text is None:
         rows = [pictures.features(i) for i in indices]
         if any(f.shape[1] != width for f, _ in rows):
@@ -139,13 +137,13 @@ def read_text(pictures, text, width, indices, draws, device):
         return features.to(device), nn.utils.rnn.pad_sequence([m for _, m in rows], batch_first=True).to(device)
     captions = [pictures.captions(i) for i in indices]
     ids = text.ids([c[int(d * len(c))] for c, d in zip(captions, draws)]).to(device)
-    return ids if isinstance(text, WordEncoder) else text(ids), text.mask(ids)
+    return ids, text.mask(ids)
 
 
 def options():
     """The command line of stage 2."""
     p = Parser(__doc__)
-    common_options(p, 2)
+    common_options(p, 1000)
     p.add("--stage1", None, "checkpoint of stage 1, ours or the authors' (default: OUT/stage1.pt)")
     p.add("--captions", None, "captioned pictures instead of --data: folder, .tar, .tsv or .jsonl; without a value, the digits write them",
           nargs="?", const=True)
@@ -155,10 +153,12 @@ def options():
     p.add("--channel-expansion", 4, "channel MLP's hidden width over the Mixer's (3 gives 279M at XL, as the paper's table)", type=whole(1))
     p.add("--token-expansion", 2, "token MLP's hidden width over the number of tokens", type=whole(1))
     args = p.parse_args()
-    if args.clip and not (args.captions and args.bpe):
+    if bool(args.clip) != bool(args.bpe) or args.clip and not args.captions:
         raise UserError("--clip reads captions: give --captions, and --bpe with bpe_simple_vocab_16e6.txt.gz")
     if args.captions and args.data:
         raise UserError("--data: --captions names the pictures itself; leave the option out")
+    if isinstance(args.captions, str):
+        args.data, args.captions = args.captions, True
     args.stage1 = args.stage1 or str(Path(args.out, "stage1.pt"))
     return args
 
