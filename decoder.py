@@ -46,7 +46,7 @@ def euler(velocity, x, steps):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, in float32. With a condition c, scale = 1 + linear(c), which starts at 1."""
+    """x / rms(x) * scale, in float32. With a condition c, scale = 1 + linear(c), which `Decoder.start` sets to 1."""
 
     def __init__(self, width, condition=None):
         super().__init__()
@@ -97,7 +97,7 @@ def rotate(x, rotary):
 
 
 class Block(nn.Module):
-    """Self-attention, then SwiGLU; time enters by the scale of the norms only. The identity at the start."""
+    """Self-attention, then SwiGLU; time enters by the scale of the norms only. The identity after `Decoder.start`."""
 
     def __init__(self, width, heads, condition):
         super().__init__()
@@ -110,7 +110,7 @@ class Block(nn.Module):
 
 
 class Mapping(nn.Module):
-    """Network time (B,) -> condition c (B,M): random Fourier features, then two residual SwiGLU blocks (Crowson 2024)."""
+    """The network's own time (B,), 1 - t (see `Decoder.condition`) -> condition c (B,M): random Fourier features, then two residual SwiGLU blocks (Crowson 2024)."""
 
     def __init__(self, width):
         super().__init__()
@@ -145,7 +145,7 @@ class Decoder(nn.Module):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.patch, self.width, self.K, self.checkpointing = patch, width, K, False
         self.mapping = Mapping(mapping)
-        self.token_pos = nn.Parameter(torch.zeros(1, K, token_dim))  # tells the K tokens apart
+        self.token_pos = nn.Parameter(torch.zeros(1, K, token_dim))  # learned position; at K=1 a bias
         self.token_fc, self.token_ln = nn.Linear(token_dim, width), nn.LayerNorm(width)
         self.patch_in = nn.Linear(patch * patch * channels, width, bias=False)
         self.merge = nn.Linear(width, width, bias=False)
@@ -166,7 +166,7 @@ class Decoder(nn.Module):
         for linear in zero:
             nn.init.zeros_(linear.weight)
         nn.init.zeros_(self.token_fc.bias)
-        if self.K > 1:
+        if self.K > 1:  # the positions tell them apart
             nn.init.normal_(self.token_pos, std=0.5)
 
     def rotary(self, side):
@@ -178,7 +178,8 @@ class Decoder(nn.Module):
         return theta.cos(), theta.sin()
 
     def project(self, tokens):
-        """(B,K,token_dim) -> (B,K,width); tokens wider than the network (size S) pass whole through the Linear only."""
+        """(B,K,token_dim) -> (B,K,width): the token itself, padded with zeros (at size S cut to its first `width` numbers), plus
+        LayerNorm(Linear(token)), which sees all of it."""
         z = tokens + self.token_pos
         return F.pad(z, (0, self.width - z.shape[-1])) + self.token_ln(self.token_fc(z))
 

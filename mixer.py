@@ -109,7 +109,7 @@ class Mixer(nn.Module):
             none = ~mask.any(1, keepdim=True)                                                      # (B,1): no text, so one learned word
             first = torch.arange(mask.shape[1], device=mask.device) == 0                           # (L,)
             text = torch.where((none & first)[..., None], self.null_text, self.text_norm(text))    # (B,L,C)
-            mask = mask | none & first
+            mask = mask | (none & first)
         rest.append(self.time(t)[:, None].expand(B, -1, -1))                                       # (B,1,D)
         x = self.proj_in(torch.cat([z_t + self.pos_embed, *rest], 1))                              # (B,S,hidden)
         for i, layer in enumerate(self.layers):
@@ -125,11 +125,11 @@ def guided(mixer, classes=None, text=None, mask=None, scale=1.5, interval=(0.3, 
     classes (B,) long and text (B,L,C), mask (B,L) as Mixer takes them. Both halves run as one batch; outside the interval
     (Kynkaanniemi 2024) only the conditional half runs. Returns velocity(z_t (B,K,D), t (1,)) -> v (B,K,D), for an ODE sampler.
     """
-    null = classes if classes is None else torch.full_like(classes, mixer.classes), text, mask if mask is None else mask & False
+    null = (None if classes is None else torch.full_like(classes, mixer.classes), text, None if mask is None else torch.zeros_like(mask))
     both = [u if u is None else torch.cat([u, none]) for u, none in zip((classes, text, mask), null)]
 
     def velocity(z, t):
-        if scale == 1 or classes is None and text is None or not interval[0] <= t <= interval[1]:
+        if scale == 1 or (classes is None and text is None) or not interval[0] <= t <= interval[1]:
             return mixer(z, t, classes, text, mask)
         c, u = mixer(z.repeat(2, 1, 1), t, *both).chunk(2)
         return u + scale * (c - u)

@@ -2129,6 +2129,17 @@ def test_readme_examples_of_one_file_alone(tmp_path):
     assert [run.returncode for run in runs] == [0] * 4, said
 
 
+def test_readme_blocks_that_need_other_packages(tmp_path, monkeypatch):
+    """They compile; those that write pictures are run where scikit-learn and scikit-image are installed."""
+    codes = [compile(code, "README.md", "exec") for code in re.findall(r"(?<!-->\n)```python\n(.*?)```", README, re.S)]
+    assert len(codes) == 3
+    pytest.importorskip("sklearn"), pytest.importorskip("skimage")
+    monkeypatch.chdir(tmp_path)
+    for code in codes[:2]:
+        exec(code, {})
+    assert [len([*(tmp_path / name).rglob("*.*")]) for name in ("train", "held", "crops")] == [1297, 500, 2400]
+
+
 def test_readme_line_counts_and_sizes():
     counts = re.findall(r"\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README)
     assert len(counts) == 8
@@ -2272,7 +2283,8 @@ class Reader(nn.Module):
 
 def train_reader(x, y, steps=1200, batch=64):
     """A reader trained on uint8 pictures (N,3,16,16) and labels, in eval mode; it has never seen a model's picture."""
-    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.manual_seed(0), torch.set_num_threads(1)  # or the reader, and with it every distance, would depend on the machine
     reader = Reader(int(y.max()) + 1)
     optimizer = torch.optim.AdamW(reader.parameters(), 2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
@@ -2283,6 +2295,7 @@ def train_reader(x, y, steps=1200, batch=64):
         loss.backward()
         optimizer.step()
         schedule.step()
+    torch.set_num_threads(threads)
     return reader.eval()
 
 

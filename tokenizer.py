@@ -186,7 +186,8 @@ class Tokenizer(nn.Module):
             raise UserError(f"--reg-index {reg_index}: this encoder's registers are numbered 0 to {registers - 1}")
         self.config = {"vit": vit.config, "token": token, "reg_index": reg_index, "unfreeze": unfreeze}
         index = {"cls": [0], "reg": [1 + reg_index], "all": list(range(1 + registers))}[token]
-        self.vit, self.K, self.width = vit.requires_grad_(unfreeze == "all"), len(index), vit.pos_embed.shape[-1]
+        self.vit, self.K, self.width = vit, len(index), vit.pos_embed.shape[-1]
+        vit.requires_grad_(unfreeze == "all")  # frozen, but for that ablation
         self.original = copy.deepcopy(vit).requires_grad_(False) if unfreeze == "all" else None  # else vit itself is the original
         self.embedding = nn.Parameter(vit.prefix()[:, index].detach().clone(), requires_grad=unfreeze != "none")  # (1,K,D)
         vit.cls_token.requires_grad_(False), vit.register_tokens.requires_grad_(False)  # kept as they were, for the prior

@@ -50,6 +50,7 @@ SIZES = {
     "L": dict(pixels=256, decoder=dict(width=1024, depth=24, heads=16), mixer=dict(hidden=1024, depth=24)),
     "XL": dict(pixels=256, decoder=dict(width=1152, depth=28, heads=16), mixer=dict(hidden=1280, depth=28)),
 }
+# Steps and batch are the paper's; what it leaves open is ours.
 PAPER = dict(steps=1_000_000, batch=512, lr=1e-4, warmup=2000, decay=False, ema=0.9999, t_mean=0.0, cache=False)
 NANO = dict(steps=1200, batch=96, lr=3e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3, cache=True)
 
@@ -58,14 +59,14 @@ NANO = dict(steps=1200, batch=96, lr=3e-3, warmup=100, decay=True, ema=0.995, t_
 
 
 class Stage1(nn.Module):
-    """Tokenizer and decoder as one module, so that one backward pass trains both (Eq. 2)."""
+    """Tokenizer and decoder as one module, for DDP, --compile and one optimizer. Through the tokens the flow loss trains both (Eq. 2)."""
 
     def __init__(self, tokenizer, decoder):
         super().__init__()
         self.tokenizer, self.decoder = tokenizer, decoder
 
     def forward(self, images, latents, t, noise, prior):
-        """Losses of each picture: flow (B,) of Eq. 1 and cosine (B,) of Eq. 3, to which `prior` are the original tokens (B,K,D)."""
+        """Each picture's losses: flow (B,) of Eq. 1, cosine (B,) of Eq. 3. prior (B,K,D): the original tokens z0."""
         tokens = self.tokenizer(images)                                                            # (B,K,D)
         flow = flow_loss(lambda x_t, s: self.decoder(x_t, s, tokens), latents, t, noise)
         return flow, cosine_loss(tokens, prior)
@@ -78,7 +79,7 @@ def frozen_targets(stage1, vae, x):
 
 
 def cached_targets(args, stage1, vae, pictures, ranks):
-    """--cache: the same from a file that is made once; a function of (pictures, their numbers (b,), which are mirrored (b,))."""
+    """--cache: targets(x, numbers of the pictures (b,), mirrored or not (b,)) -> the same, from a file that is made once."""
     tokenizer, config = stage1.tokenizer, stage1.decoder.config
     latent = (config["channels"], config["size"], config["size"])
     fields = [("mean", latent), ("logvar", latent), ("prior", (tokenizer.K, tokenizer.width))]
@@ -88,7 +89,7 @@ def cached_targets(args, stage1, vae, pictures, ranks):
 
     def targets(x, indices, mirror):
         found = rows[indices.numpy()]
-        views = [torch.from_numpy(found[name].copy()) for name, _ in fields]                       # each (b,V,...)
+        views = [torch.from_numpy(found[name].copy()) for name, _ in fields]                       # each (b,V,...), V = 2 with --flip: mirrored
         views = [(u.pin_memory() if ranks.device.type == "cuda" else u).to(ranks.device, non_blocking=True).float() for u in views]
         return [u[torch.arange(len(u), device=u.device), mirror.long()] for u in views]
 
@@ -107,15 +108,16 @@ def main():
     ranks = Ranks(args.device)
     if args.bench:
         return bench(args, ranks)
-    ranks.divide(args)
+    ranks.divide(args)  # refuses a batch that does not divide
     out = Path(args.out, "stage1.pt")
     pictures = Pictures(args.data, args.pixels, args.seed)
     make_folder(args.out)
-    last = continued(out, args, pictures.fingerprint)
+    last = continued(out, args, pictures.fingerprint)  # None, or the checkpoint of the same run to go on from
     tokenizer, decoder, vae = (u.to(ranks.device) for u in build(args, pictures, ranks, begun))
     tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing
     if last:
         tokenizer.load_state_dict(last["tokenizer"]["state"]), decoder.load_state_dict(last["decoder"]["state"])
+    # the same networks twice: to be trained, and to be saved and drawn with
     stage1, model = Stage1(tokenizer, decoder), RepTok(tokenizer, decoder, vae, classes=pictures.classes)
 
     def picture():
@@ -123,7 +125,8 @@ def main():
         return grid([x, model.decode(model.encode(x), steps=20)])
 
     targets = cached_targets(args, stage1, vae, pictures, ranks) if args.cache else lambda x, i, m: frozen_targets(stage1, vae, x)
-    run = Run(out, stage1, args, ranks, last, pictures, pictures.fingerprint, model.parts, picture, {"tokenizer.embedding": args.token_lr})
+    run = Run(out, stage1, args, ranks, last, pictures, digest=pictures.fingerprint, content=model.parts, picture=picture,
+              rates={"tokenizer.embedding": args.token_lr})
     del last, begun  # at XL, ten gigabytes
 
     def losses(t, indices, x, mirror, noise, vae_noise):
@@ -140,6 +143,7 @@ def main():
         noise, vae_noise = (ranks.part(torch.randn(shape, generator=draw, device=ranks.device)) for _ in range(2))
         mirror = ranks.part(torch.rand(args.batch, generator=draw, device=ranks.device)) < 0.5 * args.flip
         x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
+        # backward, through the tokens into the embedding too (Eq. 2); gradient norm, AdamW, EMA, log, checkpoint
         if run.step(step, losses, t, indices, x, mirror, noise, vae_noise):
             break
 

@@ -68,7 +68,7 @@ def main():
     # normalised tokens have mean 0 and variance 1 in every dimension; a released checkpoint keeps its own factor
     mean, std = (model.mean, model.std) if model.released else (tokens.float().mean((0, 1))[None], tokens.float().std((0, 1))[None] + 1e-6)
     C, shape = len(classes), SIZES[args.size]["mixer"]
-    S = K + bool(C) + 4 * bool(width) + 1
+    S = K + bool(C) + 4 * bool(width) + 1                                                          # the Mixer's sequence, see Mixer
     mixer = Mixer(K, D, **shape, classes=C, token_hidden=args.token_expansion * S, channel_hidden=args.channel_expansion * shape["hidden"],
                   text_width=width).to(ranks.device)
     if last:
@@ -86,7 +86,7 @@ def main():
             given["text"] = text(given["text"])
         return grid(model.decode(model.generate(steps=20, **given), steps=20).split(8))
 
-    run = Run(out, Stage2(mixer, text), args, ranks, last, pictures, digest, model.parts, picture)
+    run = Run(out, Stage2(mixer, text), args, ranks, last, pictures, digest=digest, content=model.parts, picture=picture)
     del last
 
     def losses(t, indices, z, *condition):
@@ -101,10 +101,11 @@ def main():
         rows = torch.tensor(indices, device=ranks.device)
         z = (tokens[rows, (view * V).long()].float() - mean) / std                                 # (b,K,D)
         keep = drop >= args.label_drop                                                             # (b,)
-        condition = [torch.where(keep, labels[rows], C)]                                           # (b,)
+        condition = [torch.where(keep, labels[rows], C)]                                           # (b,), C is "none"
         if args.captions:
             words, mask = read_text(pictures, text, width, indices, choice.tolist(), ranks.device)
-            condition += [words, mask & keep[:, None]]                                             # (b,L,C) or (b,L); (b,L)
+            condition += [words, mask & keep[:, None]]                                             # features (b,L,width) or ids (b,L); mask (b,L)
+        # backward, gradient norm, AdamW, EMA, log, checkpoint
         if run.step(step, losses, t, torch.tensor(indices), z, noise, *condition):
             break
 
