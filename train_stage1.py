@@ -165,7 +165,6 @@ def options():
     p.add("--token", "cls", "what is read: class token, one register, or all of them (K = 1 + registers)", choices=["cls", "reg", "all"])
     p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
     p.add("--prior", "self", "how nano's own prior is trained: self-supervised, or by the labels", choices=["self", "labels"])
-    p.add("--prior-steps", 1600, "steps of nano's own prior, 128 pictures each", type=whole(1))
     p.add("--registers", 4, "register tokens of nano's own prior", type=whole(0))
     p.add("--t-mean", None, "t = sigmoid(N(this,1)); below 0 nearer to noise", type=number(-10, 10))
     p.add("--cache", None, "compute VAE posteriors and original tokens once, into a float16 file (default: nano only)", action=argparse.BooleanOptionalAction)
@@ -333,6 +332,7 @@ class Run:
         self.optimizer, self.ema = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True), EMA(named, args.ema)
         if last:
             self.optimizer.load_state_dict(last["optimizer"])
+            torch.set_rng_state(last["rng"])
             torch._foreach_copy_(list(self.ema.average.values()), [last["ema"][name] for name in named])
         self.out, self.args, self.ranks, self.pictures, self.digest, self.content, self.picture = out, args, ranks, pictures, digest, content, picture
         self.model, self.first = ranks.wrap(torch.compile(module) if args.compile else module), last["step"] if last else 0
@@ -399,7 +399,7 @@ class Run:
         if self.ranks.main:
             save_checkpoint(self.out, {
                 **self.content(), "step": step, "settings": {**vars(self.args), "data": self.digest}, "ema": self.ema.average,
-                "optimizer": self.optimizer.state_dict()})
+                "optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()})
             with torch.no_grad(), self.ema.applied(), autocast(self.ranks, self.args.dtype):
                 picture = self.picture()
             fid.write_file(self.out.with_suffix(".png"), lambda f: picture.save(f, "PNG"))
@@ -533,7 +533,7 @@ def load_checkpoint(path, kinds):
 
 # What may differ between a run and its continuation; all but --steps, on which nano's schedule hangs, leave its sequence as it is
 FREE = {"out", "steps", "log_every", "save_every", "device", "workers", "fresh", "accumulate", "compile", "checkpointing", "max_bad",
-        "bench", "write_data", "num", "stage1"}
+        "bench", "write_data", "num", "stage1", "prior_steps"}
 
 
 def continued(path, args, digest):
@@ -954,6 +954,7 @@ def common_options(p, save_every):
     p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
     p.add("--clip-grad", 1.0, "largest norm of the gradient; 0 is none", type=number(0))
     p.add("--accumulate", 1, "cut each GPU's part of the batch into this many pieces to save memory", type=whole(1))
+    p.add("--prior-steps", 1600, "steps of nano's own prior, 128 pictures each; only stage 1 trains one", type=whole(1))
     p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
     p.add("--save-every", save_every, "steps between checkpoints and pictures", type=whole(1))
     p.add("--device", "auto", "auto (cuda where there is one, else cpu), cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
