@@ -1443,16 +1443,23 @@ def test_psnr_ssim_and_rounding():
         fid.to_uint8(zero / 0)
 
 
-def test_lpips_and_pairs(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def lpips(tmp_path_factory):
+    """--vgg and --lpips, with weights that are functions of their names."""
+    folder = tmp_path_factory.mktemp("lpips")
     convs = [(0, 64, 3), (2, 64, 64), (5, 128, 64), (7, 128, 128), (10, 256, 128), (12, 256, 256), (14, 256, 256), (17, 512, 256)]
     convs += [(i, 512, 512) for i in (19, 21, 24, 26, 28)]
     vgg = {f"features.{i}.{k}": seeded(f"features.{i}.{k}", s, 2**0.5) for i, o, c in convs for k, s in (("weight", (o, c, 3, 3)), ("bias", (o,)))}
     heads = {f"lin{i}.model.1.weight": seeded(f"lin{i}", (1, c, 1, 1)).abs() for i, c in enumerate((64, 128, 256, 512, 512))}
-    torch.save(vgg | {"classifier.0.weight": torch.zeros(3)}, tmp_path / "vgg.pth", _use_new_zipfile_serialization=False)
-    torch.save(heads, tmp_path / "heads.pth")
-    net, x = fid.LPIPS(tmp_path / "vgg.pth", tmp_path / "heads.pth"), fid_batch(0, 1, size=(32, 40)) / 127.5 - 1
+    torch.save(vgg | {"classifier.0.weight": torch.zeros(3)}, folder / "vgg.pth", _use_new_zipfile_serialization=False)
+    torch.save(heads, folder / "heads.pth")
+    return ["--vgg", folder / "vgg.pth", "--lpips", folder / "heads.pth"]
+
+
+def test_lpips_and_pairs(lpips, tmp_path, capsys):
+    net, x = fid.LPIPS(*lpips[1::2]), fid_batch(0, 1, size=(32, 40)) / 127.5 - 1
     assert torch.allclose(net(x, x[[1, 1]]), torch.tensor([0.1519165, 0]), rtol=1e-5)  # lpips 0.1.4
-    sizes, args = [(32, 40), (20, 24)], [tmp_path / "real", tmp_path / "fake", "--pairs", "--vgg", tmp_path / "vgg.pth", "--lpips", tmp_path / "heads.pth"]
+    sizes, args = [(32, 40), (20, 24)], [tmp_path / "real", tmp_path / "fake", "--pairs", *lpips]
     save_tree(args[0], sizes), save_tree(args[1], sizes, 2)
     fid.main([str(a) for a in [*args, "--json", tmp_path / "s.json"]])
     scores, each = json.loads((tmp_path / "s.json").read_text()), [(fid_batch(i, size=s), fid_batch(i + 2, size=s)) for i, s in enumerate(sizes)]
@@ -2067,6 +2074,29 @@ def test_eval_is_the_same_on_two_ranks(trained, inception, tmp_path, capsys):
     assert "do not compare" in refusal("sample.py", [*args, "--reference", tmp_path / "tf1.npz"], capsys)
     again = fid.fid(fid.measure(str(tmp_path / "real"), net), fid.measure(str(tmp_path / "kept1" / "reconstructed"), net))
     assert abs(again - scores[1]["rFID"]["value"]) < 1e-4 * again
+
+
+def test_eval_against_a_reference(trained, inception, lpips, tmp_path, monkeypatch):
+    """More pictures generated than there are, in random classes; gFID against given statistics; LPIPS as of the pictures that were kept."""
+    data, asked = tmp_path / "data", []
+    shutil.copytree(trained / "data" / "3", data / "a")
+    N, net = len([*(data / "a").iterdir()]), fid.load_inception(inception)
+    generate = RepTok.generate
+    monkeypatch.setattr(RepTok, "generate", lambda model, classes, *rest: asked.extend(classes.tolist()) or generate(model, classes, *rest))
+    np.savez(tmp_path / "stats.npz", mu=np.ones(2048), sigma=np.diag(np.arange(2048.0)), n=9)
+    inside("sample.py", "--ckpt", trained / "out" / "stage2.pt", "--eval", data, "--num", N + 2, "--labels", "random", "--reference", tmp_path / "stats.npz", *lpips,
+           "--inception", inception, "--json", tmp_path / "s.json", "--save", tmp_path / "kept", "--steps", 2, "--batch", 3, "--device", "cpu")
+    rows = {row["metric"]: row for row in json.loads((tmp_path / "s.json").read_text())}
+    assert [(rows[m]["n_real"], rows[m]["n_fake"]) for m in ("rFID", "LPIPS", "gFID")] == [(N, N), (N, N), (9, N + 2)]
+    assert rows["gFID"]["reference_sha256"] == fid.sha256(tmp_path / "stats.npz") and len(rows["LPIPS"]["weights_sha256"]) == 2
+    made = fid.measure(str(tmp_path / "kept" / "generated"), net)
+    want = fid.frechet_distance(made.mu, made.cov, np.ones(2048), np.diag(np.arange(2048.0)))
+    assert abs(rows["gFID"]["value"] - want) < 1e-5 * want
+    pictures, score = one.Pictures(str(data), 16), fid.LPIPS(*lpips[1::2])
+    kept = [torch.from_numpy(fid.decode(tmp_path / "kept" / "reconstructed" / f"{i:06d}.png")).permute(2, 0, 1) for i in range(N)]
+    want = [fid.pair_scores(pictures.read(i)[None], x[None], score)[0, 2].item() for i, x in enumerate(kept)]
+    assert abs(rows["LPIPS"]["value"] - np.mean(want)) < 1e-5
+    assert len(asked) == N + 2 and asked != [i % 10 for i in range(N + 2)] and set(asked) <= set(range(10))
 
 
 README = (HERE / "README.md").read_text()
