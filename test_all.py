@@ -754,6 +754,11 @@ def test_bad_input(trained, tmp_path, monkeypatch, capsys):
     assert "an export" in refusal("train_stage1.py", ["--data", trained / "data", "--out", tmp_path / "exported"], capsys)
     monkeypatch.setattr(sample, "main", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")))
     assert "--accumulate" in refusal("sample.py", [], capsys)
+    monkeypatch.setattr(sample, "main", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "disk is full" in refusal("sample.py", [], capsys)
+    monkeypatch.setattr(sample, "main", lambda: (_ for _ in ()).throw(FileNotFoundError(2, "a mistake of ours")))
+    with pytest.raises(FileNotFoundError):
+        inside("sample.py")
     assert "--ckpt" in command("sample.py", ok=False)  # and as a process
 
 

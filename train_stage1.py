@@ -14,6 +14,7 @@ import argparse
 import collections
 import contextlib
 import datetime
+import errno
 import functools
 import hashlib
 import io
@@ -1007,15 +1008,18 @@ def guarded(main):
     """Call main(); what a user can mend ends in one line and status 2, a programmer's error in its traceback."""
     try:
         main()
-    except ERRORS as e:
+    except (*ERRORS, torch.OutOfMemoryError, OSError) as e:
+        said = str(e)
+        if isinstance(e, torch.OutOfMemoryError):
+            said = f"out of memory on the GPU ({said.split('. ')[0]}); use a larger --accumulate, --checkpointing or a smaller --batch"
+        elif isinstance(e, OSError):
+            if e.errno != errno.ENOSPC:
+                raise
+            said = "the disk is full; make room and run the same command again"
         for bar in list(getattr(tqdm, "_instances", ())):  # the sentence gets a line of its own
             bar.close()
         rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as e:
-        print(f"{Path(sys.argv[0]).name}: error: out of memory on the GPU ({str(e).split('. ')[0]}); use a larger --accumulate, --checkpointing or a "
-              f"smaller --batch", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(said.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
