@@ -110,7 +110,8 @@ class Block(nn.Module):
 
 
 class Mapping(nn.Module):
-    """The network's own time (B,), 1 - t (see `Decoder.condition`) -> condition c (B,M): random Fourier features, then two residual SwiGLU blocks (Crowson 2024)."""
+    """The network's own time (B,), 1 - t (see `Decoder.condition`) -> condition c (B,M): random Fourier features, then two residual
+    SwiGLU blocks (Crowson 2024)."""
 
     def __init__(self, width):
         super().__init__()

@@ -534,7 +534,7 @@ def load_checkpoint(path, kinds):
 
 # What may differ between a run and its continuation; all but --steps, on which nano's schedule hangs, leave its sequence as it is
 FREE = {"out", "steps", "log_every", "save_every", "device", "workers", "fresh", "accumulate", "compile", "checkpointing", "max_bad",
-        "bench", "write_data", "num", "stage1", "prior_steps"}
+        "bench", "write_data", "num", "stage1"}
 
 
 def continued(path, args, digest):

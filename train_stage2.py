@@ -67,10 +67,7 @@ def main():
     (N, V, K, D), classes = tokens.shape, [] if args.captions else pictures.classes
     # normalised tokens have mean 0 and variance 1 in every dimension; a released checkpoint keeps its own factor
     mean, std = (model.mean, model.std) if model.released else (tokens.float().mean((0, 1))[None], tokens.float().std((0, 1))[None] + 1e-6)
-    C, shape = len(classes), SIZES[args.size]["mixer"]
-    S = K + bool(C) + 4 * bool(width) + 1                                                          # the Mixer's sequence, see Mixer
-    mixer = Mixer(K, D, **shape, classes=C, token_hidden=args.token_expansion * S, channel_hidden=args.channel_expansion * shape["hidden"],
-                  text_width=width).to(ranks.device)
+    C, mixer = len(classes), build(args, K, D, len(classes), width).to(ranks.device)
     if last:
         mixer.load_state_dict(last["mixer"]["state"])
         if text:
@@ -110,7 +107,14 @@ def main():
             break
 
 
-# ---- Below: text, and the command line
+# ---- Below: the Mixer of a run, text, and the command line
+
+
+def build(args, K, D, classes, text_width=None):
+    """The Mixer of this size and these expansions, untrained."""
+    shape, S = SIZES[args.size]["mixer"], K + bool(classes) + 4 * bool(text_width) + 1  # the length of its sequence, see Mixer
+    return Mixer(K, D, **shape, classes=classes, token_hidden=args.token_expansion * S, channel_hidden=args.channel_expansion * shape["hidden"],
+                 text_width=text_width)
 
 
 def text_source(args, pictures, device):
@@ -168,9 +172,7 @@ def bench(args, ranks):
     """--bench: the Mixer of this size with random weights, forward and in a training step."""
     nano, device = args.size == "nano", ranks.device
     n, D = args.batch if nano or device.type == "cuda" else min(args.batch, 32), 128 if nano else 768
-    shape = SIZES[args.size]["mixer"]
-    mixer = Mixer(1, D, **shape, classes=10 if nano else 1000, token_hidden=3 * args.token_expansion,
-                  channel_hidden=args.channel_expansion * shape["hidden"]).to(device)
+    mixer = build(args, 1, D, 10 if nano else 1000).to(device)
     z, t, c = torch.randn(n, 1, D, device=device), torch.rand(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
     stage2 = Stage2(mixer)
     net, optimizer = torch.compile(stage2) if args.compile else stage2, torch.optim.AdamW(mixer.parameters(), fused=True)
