@@ -1,11 +1,13 @@
-"""Noise -> tokens: an attention-free MLP-Mixer that learns the flow of the tokens (RepTok, arXiv 2510.14630).
+"""Noise to tokens: an attention-free MLP-Mixer that learns the flow of the tokens (RepTok, arXiv 2510.14630).
 
     mixer = Mixer(classes=1000)                                   # hidden 1280, depth 28: the paper's
-    t, noise = torch.rand(B), torch.randn_like(z)                 # z (B,K,D): normalised tokens, t=0 noise, t=1 data
-    v = mixer((1 - t)[:, None, None] * noise + t[:, None, None] * z, t, labels)
-    loss = (v - (z - noise)).square().mean()                      # Eq. 1 on tokens
+    s = t[:, None, None]                                          # t (B,) in [0,1]; z, noise (B,K,D); labels (B,)
+    z_t = (1 - s) * noise + s * z                                 # z: normalised tokens; t=0 is noise, t=1 is data
+    v = mixer(z_t, t, labels)
+    flow = (v - (z - noise)).square().mean()                      # Eq. 1 on tokens
 
-The file stands alone: torch only. Letters: B batch, K image tokens, S all tokens of the Mixer, D token width, L text length.
+The file needs only torch and the standard library.
+Letters: B batch, K tokens of an image, S all tokens of the Mixer, D width of a token, L words of a text, C text width.
 """
 import math
 
@@ -13,125 +15,137 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 class MLP(nn.Module):
-    """Linear, exact GELU, Linear, over the last axis; the second starts at zero, so that a residual starts as the identity."""
-
+    """Linear, exact GELU, Linear over the last axis. The second starts at zero: a residual starts as the identity."""
     def __init__(self, width, hidden):
         super().__init__()
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
     def forward(self, x):
         return self.down(F.gelu(self.up(x)))
 
-
 class Layer(nn.Module):
-    """One Mixer layer (Tolstikhin 2021): an MLP across the S tokens, then one across the channels. (B,S,hidden) -> the same."""
-
+    """A Mixer layer (Tolstikhin 2021): an MLP across the tokens, one across the channels. (B,S,hidden) -> the same."""
     def __init__(self, S, hidden, token_hidden, channel_hidden):
         super().__init__()
-        self.norm1, self.tokens = nn.LayerNorm(hidden), MLP(S, token_hidden)
-        self.norm2, self.channels = nn.LayerNorm(hidden), MLP(hidden, channel_hidden)
+        self.norm1 = nn.LayerNorm(hidden)
+        self.tokens = MLP(S, token_hidden)
+        self.norm2 = nn.LayerNorm(hidden)
+        self.channels = MLP(hidden, channel_hidden)
 
     def forward(self, x):
         x = x + self.tokens(self.norm1(x).mT).mT
         return x + self.channels(self.norm2(x))
 
-
 class TimeEmbedding(nn.Module):
-    """t (B,) in [0,1] -> (B,D): 256 sinusoids, then an MLP.
-
-    scale: 1000 spreads t over the wavelengths, which were made for 0..1000; the released Mixer was trained with 1.
-    """
-
+    """t (B,) in [0,1] -> (B,D), in float32: 256 sinusoids, then an MLP.
+    `scale` 1000 fits [0,1] to the wavelengths, which are made for times up to 1000. The released Mixer has 1."""
     def __init__(self, width, scale):
         super().__init__()
         self.scale = scale
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        angle = self.scale * t.float()[:, None] * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)  # (B,128)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], -1))
-
+        with torch.autocast(t.device.type, enabled=False):        # bfloat16 would round the sinusoids to 8 bits
+            freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+            angle = self.scale * t.float()[:, None] * freqs                            # (B,128)
+            return self.mlp(torch.cat([angle.cos(), angle.sin()], -1))                 # (B,D)
 
 class CrossAttention(nn.Module):
-    """From the Mixer's tokens to text features, keys masked by length; its output starts at zero. (B,S,hidden) -> the same."""
-
+    """Tokens x (B,S,hidden) attend to text (B,L,C) where mask (B,L) is True -> (B,S,hidden), zero at the start."""
     def __init__(self, hidden, text_width):
         super().__init__()
         self.heads = max(1, hidden // 64)
-        self.norm, self.q, self.kv = nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.Linear(text_width, 2 * hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.q = nn.Linear(hidden, hidden)
+        self.kv = nn.Linear(text_width, 2 * hidden)
         self.out = nn.Linear(hidden, hidden)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x, text, mask):
-        split = lambda u: u.unflatten(-1, (self.heads, -1)).transpose(1, 2)                        # (B,heads,.,hidden/heads)
-        k, v = self.kv(text).chunk(2, -1)                                                          # each (B,L,hidden)
-        y = F.scaled_dot_product_attention(split(self.q(self.norm(x))), split(k), split(v), attn_mask=mask[:, None, None])
-        return self.out(y.transpose(1, 2).flatten(2))
+    def split_heads(self, x):
+        """(B,n,hidden) -> (B,heads,n,hidden/heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
+    def forward(self, x, text, mask):
+        q = self.split_heads(self.q(self.norm(x)))                                     # (B,heads,S,hidden/heads)
+        k, v = self.kv(text).chunk(2, -1)                                              # each (B,L,hidden)
+        k = self.split_heads(k)                                                        # (B,heads,L,hidden/heads)
+        v = self.split_heads(v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        return self.out(y.transpose(1, 2).flatten(2))                                  # (B,S,hidden)
 
 class Mixer(nn.Module):
-    """Velocity of the flow from noise to normalised tokens.
+    """The velocity of the flow from noise to normalised tokens.
 
-    forward(z_t (B,K,D), t (B,) or (1,) in [0,1], classes (B,) long, text (B,L,C), mask (B,L) bool) -> v (B,K,D). The Mixer's S
-    tokens are the K noisy ones, the class where there are `classes`, four learned ones where there is text (Sec. 4.2; `text_width`
-    is C), and time. Class number `classes`, and a text whose mask is all False, mean "none": the unconditional half of guidance.
+    forward(z_t (B,K,D), t (B,) or (1,) in [0,1], classes (B,) long, text (B,L,C), mask (B,L) bool) -> v (B,K,D).
+    The Mixer's S tokens are the K noisy ones, one for the class (where `classes` is not 0), four learned ones where
+    there is text (Sec. 4.2; C is `text_width`), and one for time. The class number `classes`, or a text whose mask is
+    all False, means "no condition": the unconditional half of guidance.
     """
-
-    def __init__(self, K=1, D=768, hidden=1280, depth=28, classes=1000, token_hidden=None, channel_hidden=None, time_scale=1000.0,
-                 text_width=None):
+    def __init__(self, K=1, D=768, hidden=1280, depth=28, classes=1000, token_hidden=None, channel_hidden=None,
+                 time_scale=1000.0, text_width=None):
         super().__init__()
         S = K + bool(classes) + 4 * bool(text_width) + 1
-        token_hidden, channel_hidden = token_hidden or 2 * S, channel_hidden or 4 * hidden
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "S")}
-        self.K, self.D, self.classes = K, D, classes
+        token_hidden = token_hidden or 2 * S
+        channel_hidden = channel_hidden or 4 * hidden
+        self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__", "S")}
+        self.K = K
+        self.D = D
+        self.classes = classes
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, K, D))
         self.time = TimeEmbedding(D, time_scale)
         self.label = nn.Embedding(classes + 1, D) if classes else None
         self.proj_in = nn.Linear(D, hidden)
         self.layers = nn.ModuleList(Layer(S, hidden, token_hidden, channel_hidden) for _ in range(depth))
-        self.norm, self.proj_out = nn.LayerNorm(hidden), nn.Linear(hidden, D)
+        self.norm = nn.LayerNorm(hidden)
+        self.proj_out = nn.Linear(hidden, D)
         self.cross = nn.ModuleList(CrossAttention(hidden, text_width) for _ in range(depth if text_width else 0))
         if text_width:
-            self.queries, self.null_text = nn.Parameter(0.02 * torch.randn(1, 4, D)), nn.Parameter(0.02 * torch.randn(text_width))
+            self.queries = nn.Parameter(0.02 * torch.randn(1, 4, D))
+            self.null_text = nn.Parameter(0.02 * torch.randn(text_width))
             self.text_norm = nn.LayerNorm(text_width, elementwise_affine=False)  # language models differ in scale
 
     def forward(self, z_t, t, classes=None, text=None, mask=None):
-        B, rest = len(z_t), []
+        B = len(z_t)
+        tokens = [z_t + self.pos_embed]                                                # (B,K,D)
         if self.label is not None:
-            rest.append(self.label(classes)[:, None])                                              # (B,1,D)
+            tokens.append(self.label(classes)[:, None])                                # (B,1,D)
         if self.cross:
-            rest.append(self.queries.expand(B, -1, -1))                                            # (B,4,D)
-            none = ~mask.any(1, keepdim=True)                                                      # (B,1): no text, so one learned word
-            first = torch.arange(mask.shape[1], device=mask.device) == 0                           # (L,)
-            text = torch.where((none & first)[..., None], self.null_text, self.text_norm(text))    # (B,L,C)
-            mask = mask | (none & first)
-        rest.append(self.time(t)[:, None].expand(B, -1, -1))                                       # (B,1,D)
-        x = self.proj_in(torch.cat([z_t + self.pos_embed, *rest], 1))                              # (B,S,hidden)
+            tokens.append(self.queries.expand(B, -1, -1))                              # (B,4,D)
+            # attention needs at least one word: if the mask is all False, a learned one takes the first place
+            empty = ~mask.any(1, keepdim=True)                                         # (B,1)
+            first = torch.arange(mask.shape[1], device=mask.device) == 0               # (L,)
+            null = empty & first                                                       # (B,L)
+            text = torch.where(null[..., None], self.null_text, self.text_norm(text))  # (B,L,C)
+            mask = mask | null                                                         # (B,L)
+        tokens.append(self.time(t)[:, None].expand(B, -1, -1))                         # (B,1,D)
+        x = self.proj_in(torch.cat(tokens, 1))                                         # (B,S,hidden)
         for i, layer in enumerate(self.layers):
             if self.cross:
                 x = x + self.cross[i](x, text, mask)
             x = layer(x)
-        return self.proj_out(self.norm(x[:, :self.K]))                                             # (B,K,D)
-
+        return self.proj_out(self.norm(x[:, :self.K]))                                 # (B,K,D)
 
 def guided(mixer, classes=None, text=None, mask=None, scale=1.5, interval=(0.3, 0.9)):
-    """Velocity under classifier-free guidance (Ho 2022): u + scale (c - u) while interval[0] <= t <= interval[1], else c.
+    """Classifier-free guidance (Ho 2022): the velocity u + scale (c - u) for t in `interval`, and c for other times.
 
-    classes (B,) long and text (B,L,C), mask (B,L) as Mixer takes them. Both halves run as one batch; outside the interval
-    (Kynkaanniemi 2024) only the conditional half runs. Returns velocity(z_t (B,K,D), t (1,)) -> v (B,K,D), for an ODE sampler.
+    c, u: the velocities with and without the condition; they run as one batch, and c alone outside the interval
+    (Kynkaanniemi 2024). classes (B,) long, text (B,L,C), mask (B,L) bool: as Mixer takes them.
+    Returns velocity(z_t (B,K,D), t (1,)) -> v (B,K,D).
     """
-    null = (None if classes is None else torch.full_like(classes, mixer.classes), text, None if mask is None else torch.zeros_like(mask))
-    both = [u if u is None else torch.cat([u, none]) for u, none in zip((classes, text, mask), null)]
-
-    def velocity(z, t):
-        if scale == 1 or (classes is None and text is None) or not interval[0] <= t <= interval[1]:
-            return mixer(z, t, classes, text, mask)
-        c, u = mixer(z.repeat(2, 1, 1), t, *both).chunk(2)
+    both = {}
+    if classes is not None:
+        both["classes"] = torch.cat([classes, torch.full_like(classes, mixer.classes)])    # (2B,)
+    if text is not None:
+        both["text"] = torch.cat([text, text])                                             # (2B,L,C)
+        both["mask"] = torch.cat([mask, torch.zeros_like(mask)])                           # (2B,L)
+    def velocity(z_t, t):
+        if scale == 1 or not both or not interval[0] <= t <= interval[1]:
+            return mixer(z_t, t, classes, text, mask)
+        c, u = mixer(z_t.repeat(2, 1, 1), t, **both).chunk(2)
         return u + scale * (c - u)
-
     return velocity

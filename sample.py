@@ -1,42 +1,61 @@
-"""Use a trained RepTok: generate pictures from classes, reconstruct, interpolate, export.
+"""A trained RepTok: generate pictures, reconstruct, interpolate, write pictures for scoring, export.
 
     python sample.py --ckpt out/stage2.pt                                      # a row of every class, up to ten
     python sample.py --ckpt out/stage2.pt --classes 3 7 --per-class 16 --cfg 1.5
     python sample.py --ckpt out/stage1.pt --reconstruct a.png b.png            # inputs above, reconstructions below
     python sample.py --ckpt out/stage1.pt --interpolate a.png b.png            # a straight line between two tokens
     python sample.py --ckpt reptok-xl-600k-ImageNet.ckpt --classes 207 981     # the authors' checkpoint
-    torchrun --nproc-per-node 8 -- sample.py --ckpt out/stage2.pt --eval imagenet/val --num 50000   # rFID, PSNR, gFID, ...
+    torchrun --nproc-per-node 8 -- sample.py --ckpt out/stage2.pt --save scores --num 50000  # files for fid.py
     python sample.py --ckpt out/stage2.pt --export small.pt                    # without what only training needs
 
 In Python: model = RepTok.load(path); z = model.encode(images); images = model.decode(z); z = model.generate(classes).
+Letters: B pictures, K tokens a picture, D token width, L text length, C text width, S side of a picture.
 """
+import argparse
+import atexit
+import datetime
+import errno
+import functools
+import io
 import json
+import math
+import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.distributed as dist
+import torch.nn as nn
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import decoder as dec
 import fid
 import tokenizer as tok
-from decoder import Decoder, PixelSpace, VAE, euler, flow_loss, vae_from
 from mixer import Mixer, guided
 from tokenizer import ClipText, TextTower, Tokenizer, UserError, ViT, WordEncoder
-from train_stage1 import (Bins, Parser, Pictures, Ranks, grid, guarded, load_checkpoint, make_folder, naming, noise_for, number, plausible,
-                          save_checkpoint, text_features, whole)
 
+class RepTok(nn.Module):
+    """Tokenizer, decoder, VAE and, from stage 2 on, Mixer and perhaps text encoder of one checkpoint.
 
-class RepTok:
-    """Tokenizer, decoder, VAE and, from stage 2 on, Mixer of one checkpoint, with their averaged (EMA) weights.
-
-    Tokens z are (B,K,D) in the encoder's own scale; the Mixer works on normalised ones, (z - mean) / std, mean and std (1,K,D).
+    Tokens z (B,K,D) are in the encoder's own scale; the Mixer works on (z - mean) / std, with mean and std (1,K,D).
+    classes: their names, [] if unknown. released: it is the authors'. data: stage 1's (source, fingerprint).
     """
-
-    def __init__(self, tokenizer, decoder, vae, mixer=None, mean=None, std=None, classes=(), released=False, text=None):
-        self.tokenizer, self.decoder, self.vae, self.mixer, self.text = tokenizer, decoder, vae, mixer, text
-        self.mean, self.std, self.classes, self.released = mean, std, list(classes), released
+    def __init__(self, tokenizer, decoder, vae, mixer=None, text=None, mean=None, std=None, classes=(), released=False,
+                 data=None):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.decoder = decoder
+        self.vae = vae.to(memory_format=torch.channels_last).requires_grad_(False)  # fastest for convolutions
+        self.mixer = mixer
+        self.text = text
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.classes = list(classes)
+        self.released = released
+        self.data = data
         self.pixels = decoder.config["size"] * vae.factor
 
     device = property(lambda self: self.decoder.freqs.device)
@@ -45,63 +64,39 @@ class RepTok:
     def load(cls, path, device="cpu"):
         """Any checkpoint: stage1.pt, stage2.pt, an export, or the authors' release. Raises UserError."""
         content = load_checkpoint(path, ["stage1", "stage2", "the authors' RepTok"])
-        return (cls.from_checkpoint if "kind" in content else released)(content, path).to(device)
+        model = cls.from_checkpoint(content, path) if "kind" in content else released(content, path)
+        return model.to(device)
 
     @classmethod
-    def from_checkpoint(cls, content, path):
-        """Builds the networks that the checkpoint describes; the averaged weights replace the last ones."""
-        with naming(f"{path}: a damaged checkpoint", "; use the one before it, NAME.prev.pt"):
-            state = {name: dict(content[name]["state"]) for name in ("tokenizer", "decoder", "vae", "mixer", "text") if name in content}
-            for name, average in content.get("ema", {}).items():
-                part, name = name.split(".", 1)
-                state[part][name] = average
-            t, config = content["tokenizer"]["config"], {name: content[name]["config"] for name in state}
-            for name in state:
-                plausible({k: v for k, v in config[name].items() if k not in ("vit", "words", "vocabulary")}, state[name])
-            plausible(t["vit"], state["tokenizer"])
-            with torch.device("meta"):
-                vit = ViT(**t["vit"])
-            vit = tok.fit(vit, under(state["tokenizer"], "vit."), path, "a tokenizer")  # before anything takes memory
-            tokenizer = tok.fit(Tokenizer(vit, t["token"], t["reg_index"], t["unfreeze"]), state["tokenizer"], path, "a tokenizer")
-            with torch.device("meta"):
-                decoder, vae = Decoder(**config["decoder"]), VAE(**config["vae"]) if config["vae"] else PixelSpace()
-                mixer = Mixer(**config["mixer"]) if "mixer" in state else None
-            tok.fit(decoder, state["decoder"], path, "a decoder"), tok.fit(vae, state["vae"], path, "a VAE")
-            if mixer:
-                tok.fit(mixer, state["mixer"], path, "a Mixer")
-            text = text_from(content["text"], state["text"], path) if "text" in state else None
-            latent = content.get("latent", {})
-            if mixer and not all(latent[k].shape == (1, mixer.K, mixer.D) for k in ("mean", "std")):
-                raise ValueError("latent statistics of another size")
-            return cls(tokenizer, decoder, vae, mixer, latent.get("mean"), latent.get("std"), content["classes"], content.get("released", False), text)
+    def from_checkpoint(cls, content, path, averaged=True):
+        """The networks of a checkpoint of ours, with their averaged (EMA) or their last weights. Raises UserError."""
+        try:
+            names = [name for name in ("tokenizer", "decoder", "vae", "mixer", "text") if name in content]
+            states = {name: dict(content[name]["state"]) for name in names}
+            for name, average in content.get("ema", {}).items() if averaged else ():
+                network, name = name.split(".", 1)
+                states[network][name] = average
+            networks = {name: new_network(name, content[name]["config"]) for name in names}
+            for name in names:
+                tok.fit(networks[name], states[name], path, f"a {name}")
+            facts = {name: content.get(name) for name in ("classes", "released", "data")}
+            return cls(**networks, **content["statistics"], **facts)
+        except (KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{path}: not a checkpoint of this version ({type(e).__name__}: {e}); train again") from e
 
-    def to(self, device):
-        """Move every part; returns self."""
-        for part in (self.tokenizer, self.decoder, self.vae, self.mixer, self.text):
-            if part is not None:
-                part.to(device).eval()
-        self.vae.to(memory_format=torch.channels_last)
-        if self.mean is not None:
-            self.mean, self.std = self.mean.to(device), self.std.to(device)
-        return self
-
-    def parts(self):
-        """What a checkpoint needs to be self-contained, as plain containers and tensors."""
-        part = lambda module: {"config": module.config, "state": module.state_dict()}
-        content = {"kind": "stage1", "step": 0, "classes": self.classes, "released": self.released,
-                   "tokenizer": part(self.tokenizer), "decoder": part(self.decoder), "vae": part(self.vae)}
-        if self.mixer is not None:
-            content.update(kind="stage2", mixer=part(self.mixer), latent={"mean": self.mean, "std": self.std})
-        if isinstance(self.text, ClipText):
-            content["text"] = {"config": {"vocabulary": torch.tensor(list(self.text.bpe.file), dtype=torch.uint8)}, "state": self.text.state_dict()}
-        elif self.text is not None:
-            content["text"] = part(self.text)
-        return content
+    def content(self):
+        """What a checkpoint needs to stand alone, as plain containers and tensors."""
+        networks = {name: {"config": net.config, "state": net.state_dict()} for name, net in self.named_children()}
+        return {"kind": "stage2" if self.mixer else "stage1", "classes": self.classes, "released": self.released,
+                "data": self.data, "statistics": {"mean": self.mean, "std": self.std}, **networks}
 
     def noise(self, seeds, mixer=False):
-        """Where the decoder's flow starts, (n,C,size,size), or the Mixer's, (n,K,D): one seed a picture, whatever the batch."""
+        """Where the decoder's flow starts, (B,C,size,size), or the Mixer's, (B,K,D): one seed a picture. The Mixer
+        takes other seeds than the decoder, the upper half of the 2**32: in training their noise is independent too."""
         size = self.decoder.config["size"]
-        return noise_for(seeds, (self.mixer.K, self.mixer.D) if mixer else (self.decoder.config["channels"], size, size), self.device, mixer)
+        shape = (self.mixer.K, self.mixer.D) if mixer else (self.decoder.config["channels"], size, size)
+        draws = [torch.Generator().manual_seed(seed + 2**31 * mixer) for seed in seeds]
+        return torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(self.device)
 
     @torch.no_grad()
     def encode(self, images):
@@ -109,118 +104,327 @@ class RepTok:
         return self.tokenizer(images.to(self.device))
 
     @torch.no_grad()
-    def decode(self, tokens, steps=50, noise=None, batch=64):
-        """Tokens (B,K,D) -> images (B,3,pixels,pixels) in [-1,1], by `steps` Euler steps of the decoder's flow.
-
-        noise (B,C,size,size): where the flow starts; by default picture i starts from seed i, whatever the batch.
-        """
-        images, noise = [], self.noise(range(len(tokens))) if noise is None else noise.to(self.device)
-        for z, x in zip(tokens.to(self.device).split(batch), noise.split(batch)):
-            projected = self.decoder.project(z)
-            x = euler(lambda x_t, t: self.decoder.velocity(x_t, self.decoder.condition(t), projected), x, steps)
-            images.append(self.vae.decode(x).clamp(-1, 1))
+    def decode(self, z, steps=50, noise=None, batch=64):
+        """Tokens (B,K,D) -> images (B,3,S,S) in [-1,1], by `steps` Euler steps of the decoder's flow from noise
+        (B,C,size,size); by default picture i starts from seed i, whatever the batch."""
+        noise = self.noise(range(len(z))) if noise is None else noise.to(self.device)
+        images = []
+        for tokens, x in zip(z.to(self.device).split(batch), noise.split(batch)):
+            projected = self.decoder.project(tokens)  # the same in every step
+            def velocity(x_t, t):
+                return self.decoder.velocity(x_t, self.decoder.condition(t), projected)
+            images.append(self.vae.decode(dec.euler(velocity, x, steps)).clamp(-1, 1))
         return torch.cat(images)
 
     @torch.no_grad()
     def prompts(self, strings):
-        """Strings -> (text (B,L,C), mask (B,L)) for `generate`. Raises UserError where the checkpoint cannot read text."""
+        """Strings -> (text (B,L,C), mask (B,L)) for `generate`. Raises UserError where the checkpoint cannot read."""
         if self.text is None:
-            raise UserError("this checkpoint has no text encoder" + (": it takes --features, an .npz of text features" if self.mixer is not None and
-                            self.mixer.cross else ": it was trained on classes or on none; train with train_stage2.py --captions"))
+            raise UserError("this checkpoint has no text encoder, and takes no text or only --features")
         ids = self.text.ids(strings).to(self.device)
         return self.text(ids), self.text.mask(ids)
 
     @torch.no_grad()
-    def generate(self, classes=None, steps=50, cfg=1.0, cfg_interval=(0, 1), noise=None, text=None, mask=None, batch=1024):
-        """Classes (B,) long, or text (B,L,C) with its mask (B,L) -> new tokens (B,K,D), by `steps` Euler steps of the Mixer's flow.
+    def generate(self, classes=None, steps=50, cfg=1.5, cfg_interval=(0.3, 0.9), noise=None, text=None, mask=None):
+        """Classes (B,) long, or text (B,L,C) and mask (B,L) -> new tokens (B,K,D), by Euler steps of the Mixer's flow.
 
-        cfg: guidance scale, used while cfg_interval[0] <= t <= cfg_interval[1]; 1 is none. noise (B,K,D) is normalised; by default
-        picture i starts from seed i. Raises UserError on a checkpoint of stage 1.
+        cfg: guidance scale, used while cfg_interval[0] <= t <= cfg_interval[1]; 1: none. noise (B,K,D): where the flow
+        of normalised tokens starts; by default picture i's is from seed i. Raises UserError on other conditions.
         """
         if self.mixer is None:
-            raise UserError("this checkpoint is of stage 1, which reconstructs but cannot generate: train stage 2 and give its stage2.pt")
+            raise UserError("this checkpoint is of stage 1, which cannot generate: train stage 2 and give stage2.pt")
         if bool(self.mixer.cross) != (text is not None):
-            raise UserError("this checkpoint takes " + ("text: give a prompt" if self.mixer.cross else "no text: give classes"))
-        if classes is None and text is None and (noise is None or self.mixer.classes):
+            raise UserError(f"this checkpoint takes {'text: give a prompt' if self.mixer.cross else 'no text'}")
+        given = [u for u in (noise, text, classes) if u is not None]
+        if not given or self.mixer.classes and classes is None:
             raise UserError("say which classes: generate(classes), a tensor (B,) of their numbers")
-        conditions = [u if u is None else u.to(self.device) for u in (classes if self.mixer.classes else None, text, mask)]
-        count, tokens = len(noise if noise is not None else text if classes is None else classes), []
-        noise = self.noise(range(count), mixer=True) if noise is None else noise.to(self.device)
-        for i in range(0, count, batch):
-            velocity = guided(self.mixer, *(u if u is None else u[i:i + batch] for u in conditions), scale=cfg, interval=cfg_interval)
-            tokens.append(euler(velocity, noise[i:i + batch], steps) * self.std + self.mean)
-        return torch.cat(tokens)
+        if not self.mixer.classes:
+            classes = None  # they only gave the number of pictures
+        noise = self.noise(range(len(given[0])), mixer=True) if noise is None else noise.to(self.device)
+        z = []
+        for i in range(0, len(given[0]), 1024):
+            condition = [u if u is None else u[i:i + 1024].to(self.device) for u in (classes, text, mask)]
+            velocity = guided(self.mixer, *condition, scale=cfg, interval=cfg_interval)
+            z.append(dec.euler(velocity, noise[i:i + 1024], steps) * self.std + self.mean)
+        return torch.cat(z)
 
-
-def text_from(stored, state, path):
-    """The text encoder of a checkpoint. Raises UserError."""
-    if "vocabulary" not in stored["config"]:
-        with torch.device("meta"):  # before anything takes memory
-            text = WordEncoder(**stored["config"])
-        return tok.fit(text, state, path, "a text encoder")
-    shape = {k.removeprefix("tower."): v.shape for k, v in state.items()}
-    (vocabulary, width), context = shape["token_embedding.weight"], len(state["tower.positional_embedding"])
+def new_network(name, config):
+    """An untrained network of a checkpoint; those on the meta device take no memory before their weights come."""
+    if name == "tokenizer":
+        return Tokenizer(ViT(**config["vit"]), config["token"], config["reg_index"], config["unfreeze"])
+    if name == "text" and "vocabulary" in config:
+        return ClipText(TextTower(**config["tower"]), bytes(config["vocabulary"].tolist()))
+    if name == "vae" and not config:
+        return dec.PixelSpace()
     with torch.device("meta"):
-        tower = TextTower(vocabulary, context, width, len({k.split(".")[1] for k in shape if k.startswith("blocks.")}), shape["text_projection"][1])
-    return tok.fit(ClipText(tower, bytes(stored["config"]["vocabulary"].tolist())), state, path, "a text encoder")
+        return {"decoder": dec.Decoder, "vae": dec.VAE, "mixer": Mixer, "text": WordEncoder}[name](**config)
 
+def load_checkpoint(path, kinds):
+    """The content of a checkpoint of one of these kinds. Raises UserError."""
+    content = tok.read_file(path)
+    kind = content.get("kind", "the authors' RepTok" if "state_dict" in content else "something else")
+    if kind not in kinds:
+        raise UserError(f"{path}: not a checkpoint of {' or '.join(kinds)}, but of {kind}; give the right file")
+    return content
+
+def save_checkpoint(path, content):
+    """Write beside `path`, then rename: `path` is whole or as it was. Raises UserError where that is not possible."""
+    fid.write_file(path, lambda f: torch.save(content, f))
+
+def load_picture(file, pixels):
+    """A picture file -> uint8 (3,pixels,pixels): shorter side to `pixels`, centre crop. Raises what Pillow raises."""
+    image = ImageOps.fit(Image.fromarray(fid.decode(file, pixels)), (pixels, pixels), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+def to_float(images):
+    """uint8 -> float32 in [-1,1]."""
+    return images.float() / 127.5 - 1
+
+def text_features(file):
+    """An .npz of `features` (L,C) and, where some of them are padding, `mask` (L,) -> float32 (L,C), bool (L,)."""
+    with np.load(file, allow_pickle=False) as z:
+        features = torch.from_numpy(z["features"].astype(np.float32))
+        mask = torch.from_numpy(z["mask"].astype(bool)) if "mask" in z else torch.ones(len(features), dtype=torch.bool)
+    if features.ndim != 2 or mask.shape != features.shape[:1]:
+        raise ValueError(f"features {tuple(features.shape)}, mask {tuple(mask.shape)}; expected (L,C) and (L)")
+    return features, mask
+
+def save_grid(path, rows):
+    """Rows of images (each (B,3,H,W) in [-1,1]) as one PNG; small images are enlarged to be seen."""
+    x = torch.stack([fid.to_uint8(row.cpu().nan_to_num()) for row in rows])                               # (R,B,3,H,W)
+    R, B, _, H, W = x.shape
+    picture = Image.fromarray(x.permute(0, 3, 1, 4, 2).reshape(R * H, B * W, 3).numpy())
+    scale = max(1, 64 // H)
+    picture = picture.resize((B * W * scale, R * H * scale), Image.Resampling.NEAREST)
+    fid.write_file(path, lambda f: picture.save(f, "PNG"))
 
 # ---- Command line
+class Parser(argparse.ArgumentParser):
+    """argparse that shows every default, takes no abbreviations and refuses in one line."""
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.section = self
 
+    def group(self, title):
+        """The options that follow stand under this title in --help."""
+        self.section = self.add_argument_group(title)
+
+    def add(self, name, default=None, help="", **kwargs):
+        """add_argument with the default in the help text."""
+        shown = "" if default is None or default is False else f" (default: {default})"
+        self.section.add_argument(name, default=default, help=help + shown, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
+
+def number(low, high=math.inf, kind=float):
+    """An argparse type: a finite number from `low` to `high`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return value
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+whole = functools.partial(number, high=2**31, kind=int)
+ERRORS = (tok.UserError, dec.UserError, fid.UserError)  # each file that can be copied alone has its own
+
+def guarded(main):
+    """Call main(). An error that a user can correct ends in one line and status 2, any other in its traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except (*ERRORS, torch.OutOfMemoryError, OSError) as e:
+        message = str(e)
+        if isinstance(e, torch.OutOfMemoryError):
+            message = f"{message.split('. ')[0]}; use a larger --accumulate, --checkpointing or a smaller --batch"
+        elif isinstance(e, OSError):
+            if e.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+                raise
+            message = f"{e.filename or 'the disk'}: {e.strerror}; make room, or give another path"
+        for bar in list(getattr(tqdm, "_instances", ())):  # the sentence gets a line of its own
+            bar.close()
+        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+class Ranks:
+    """One process, or one of many under torchrun: .rank, .world, .device, .main, and what they do together. Raises
+    UserError where the device is missing, or where --batch of a trainer's `args` cannot be shared out."""
+    def __init__(self, device="auto", args=None):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        if args and args.batch % (self.world * args.accumulate):
+            raise UserError(f"--batch: not a multiple of {self.world} processes x --accumulate {args.accumulate}")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"  # not mps, which lacks some operations
+        elif device != "cpu" and not getattr(torch, device).is_available():
+            raise UserError(f"--device {device}: this machine has none; use --device auto")
+        local = int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None
+        if device == "cuda" and local >= torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node: more processes than this machine's {torch.cuda.device_count()} GPUs")
+        self.device = torch.device(device, local)
+        if device == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+            atexit.register(dist.destroy_process_group)
+
+    def sum(self, x):
+        """Sum of a tensor over all processes, in all processes."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def any_process(self, found=()):
+        """Whether the list `found` is not empty in any process. All wait for each other, but not for their GPUs."""
+        return bool(self.sum(torch.tensor(len(found))))
+
+    def share(self, x):
+        """This process's part of a tensor that was drawn for the whole batch."""
+        return x.chunk(self.world)[self.rank]
+
+    def wrap(self, module, compile):
+        """torch.compile and, among many processes, DDP: equal weights at the start, gradients averaged."""
+        module = torch.compile(module) if compile else module
+        if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
+            return module
+        return nn.parallel.DistributedDataParallel(module, [self.device.index] if self.device.type == "cuda" else None)
+
+def autocast(device, dtype):
+    """The autocast context of --dtype; auto takes bfloat16 where the device has matrix instructions for it."""
+    if dtype == "auto":
+        able = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        dtype = "bfloat16" if able and device.type in ("cuda", "cpu") else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 def options():
     """The command line."""
     p = Parser(__doc__)
     p.add("--ckpt", None, "checkpoint: stage1.pt, stage2.pt, an export, or the authors'", required=True)
-    p.add("--classes", None, "names or numbers of classes; a row of pictures each (default: all, up to ten)", nargs="+")
-    p.add("--prompt", None, "a prompt; a row of pictures each (may be given several times)", action="append")
-    p.add("--prompts", None, "file with a prompt a line")
-    p.add("--features", None, "text features (L,C) made beforehand instead of a prompt, .npz; a row each", nargs="+")
-    p.add("--per-class", 8, "pictures a row, of a class or prompt", type=whole(1))
-    p.add("--reconstruct", None, "pictures to encode and decode", nargs="+")
+    p.group("what to do; default: generate pictures of all classes, up to ten")
+    p.section = p.section.add_mutually_exclusive_group()
+    p.add("--classes", None, "generate these classes, by name or number, a row of pictures each", nargs="+")
+    p.add("--prompt", None, "generate from a prompt, a row each; may be given several times", action="append")
+    p.add("--prompts", None, "the same from a file with a prompt a line, or .jsonl with a caption a line")
+    p.add("--features", None, "generate from text features (L,C) made beforehand, .npz, a row each", nargs="+")
+    p.add("--reconstruct", None, "encode and decode these pictures, or those of a folder", nargs="+")
     p.add("--interpolate", None, "two pictures; eight steps between their tokens", nargs=2)
-    p.add("--eval", None, "score the checkpoint on these pictures: rFID, PSNR, SSIM, LPIPS, and from stage 2 on gFID; under torchrun too")
-    p.add("--num", None, "pictures to reconstruct and to generate for --eval (default: as many as there are)", type=whole(2))
-    p.add("--labels", "equal", "classes of the generated pictures of --eval: equal numbers, or random", choices=["equal", "random"])
-    p.add("--reference", None, "statistics .npz that gFID is held against, instead of the pictures of --eval")
-    p.add("--save", None, "folder that keeps the pictures of --eval, in reconstructed/ and generated/")
-    p.add("--inception", fid.INCEPTION, "FID Inception weights")
-    p.add("--resize", "pytorch-fid", "preprocessing of FID", choices=["pytorch-fid", "tf1"])
-    p.add("--vgg", None, "VGG16 weights for LPIPS; without them it is left out")
-    p.add("--lpips", None, "LPIPS heads")
-    p.add("--clip", None, "CLIP file for the CLIP score of captioned pictures")
-    p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
-    p.add("--json", None, "write the scores of --eval to this file")
-    p.add("--batch", 50, "pictures at once in --eval", type=whole(1))
+    p.add("--export", None, "write the checkpoint to this file without what only training needs")
+    p.group("sampling")
+    p.add("--per-class", 8, "pictures of each class or prompt", type=whole(1))
     p.add("--steps", 50, "Euler steps of Mixer and decoder", type=whole(1))
     p.add("--cfg", 1.5, "guidance scale; 1 is none", type=number(0))
     p.add("--cfg-interval", [0.3, 0.9], "guidance acts while t is between these", nargs=2, type=number(0, 1))
     p.add("--seed", 0, "seed of the first picture; the next ones count on", type=whole(0))
-    p.add("--out", "samples.png", "the picture to write")
-    p.add("--export", None, "write the checkpoint to this file without what only training needs, and exit")
     p.add("--device", "auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
+    p.group("output")
+    p.add("--out", "samples.png", "the picture to write")
+    p.add("--save", None, "write a file a picture into this folder instead: generated/, or real/ and reconstructed/")
+    p.add("--num", None, "pictures for --save to generate (default: --per-class of each)", type=whole(1))
+    p.add("--labels", "equal", "classes or prompts for --save: in turn, or random", choices=["equal", "random"])
+    p.add("--batch", 50, "pictures at once for --save", type=whole(1))
+    p.add("--clip", None, "CLIP file, to print the CLIP score of --save's pictures and their prompts")
+    p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
     args = p.parse_args()
-    for one, other in (("vgg", "lpips"), ("clip", "bpe")):
-        if bool(getattr(args, one)) != bool(getattr(args, other)):
-            raise UserError(f"--{one} and --{other} go together: give both or neither")
-    for prompt in ("prompt", "prompts"):  # which may be given both
-        given = [name for name in ("eval", "export", "reconstruct", "interpolate", "classes", "features", prompt) if getattr(args, name)]
-        if len(given) > 1:
-            raise UserError(f"--{given[0]} and --{given[1]} do not go together; give one of them")
-    for name in ("out", "export", "json"):
+    if bool(args.clip) != bool(args.bpe) or args.clip and not (args.save and (args.prompt or args.prompts)):
+        raise UserError("--clip scores pictures against their prompts: give --bpe, --save and --prompts too")
+    if (args.num or args.labels == "random") and (args.reconstruct or not args.save):
+        raise UserError("--num and --labels are for pictures that are generated with --save; leave them out")
+    if args.save and (args.interpolate or args.export):
+        raise UserError("--save does not go together with --interpolate or --export; leave it out")
+    if args.cfg_interval[0] > args.cfg_interval[1]:
+        raise UserError("--cfg-interval: the first time is after the second; no guidance would act")
+    for name in ("out", "export"):
         path = getattr(args, name)
         if path and (not Path(path).parent.is_dir() or Path(path).is_dir()):
             raise UserError(f"--{name} {path}: not the path of a file in a folder that is there")
     return args
 
+def main():
+    """The command line: load, then export, write files, or draw one picture. Raises UserError."""
+    args = options()
+    ranks = Ranks(args.device)
+    model = RepTok.load(args.ckpt, ranks.device)
+    if args.export:
+        return save_checkpoint(Path(args.export), {**model.content(), "data": None})
+    if args.save:
+        return save_reconstructed(model, args, ranks) if args.reconstruct else save_generated(model, args, ranks)
+    if args.interpolate:
+        images = to_float(read_pictures(places_of(args.interpolate), model.pixels))                       # (2,3,S,S)
+        z = model.encode(images)                                                                          # (2,K,D)
+        s = torch.linspace(0, 1, 8, device=model.device)[:, None, None]
+        noise = model.noise([args.seed]).expand(8, -1, -1, -1)
+        between = model.decode((1 - s) * z[:1] + s * z[1:], args.steps, noise).cpu()                      # (8,3,S,S)
+        rows = [torch.cat([images[:1], between, images[1:]])]
+    elif args.reconstruct:
+        images = to_float(read_pictures(places_of(args.reconstruct)[:16], model.pixels))                  # (B,3,S,S)
+        noise = model.noise(range(args.seed, args.seed + len(images)))
+        rows = [images, model.decode(model.encode(images), args.steps, noise)]
+    else:
+        wanted = [one for one in requests(model, args) for _ in range(args.per_class)]
+        images = generate_images(model, wanted, range(args.seed, args.seed + len(wanted)), args)
+        rows = images.split(args.per_class)
+    save_grid(args.out, rows)
+    print(f"{args.out}: {len(rows)} x {len(rows[0])} pictures")
 
-def class_numbers(model, wanted):
-    """Names or numbers -> class numbers; all, up to ten, where none are wanted. Raises UserError."""
+def places_of(sources):
+    """Picture files, folders or .tar -> the places of their pictures, see fid.read_bytes. Raises UserError."""
+    places = []
+    for source in sources:
+        if Path(source).is_dir() or source.endswith(".tar"):
+            places += [place for name, place in fid.files(source).items() if name.lower().endswith(fid.SUFFIXES)]
+        else:
+            places.append((source,))
+    if not places:
+        raise UserError(f"{' '.join(sources)}: no pictures in it; expected {', '.join(fid.SUFFIXES)} files")
+    return places
+
+def read_pictures(places, pixels):
+    """uint8 (B,3,pixels,pixels). Raises UserError."""
+    images = []
+    for place in places:
+        with fid.naming(f"{place[0]}: not a readable picture"):
+            images.append(load_picture(io.BytesIO(fid.read_bytes(place)), pixels))
+    return torch.stack(images)
+
+def requests(model, args):
+    """What to generate, once each: class numbers, prompts, or (features, mask) of the --features. Raises UserError."""
+    if model.mixer is None:
+        raise UserError(f"--ckpt {args.ckpt}: of stage 1, which cannot generate; give a stage2.pt, or --reconstruct")
+    if args.features:
+        with fid.naming("--features: not an .npz with features (L,C)"):
+            rows = [text_features(path) for path in args.features]
+        width = model.mixer.config["text_width"]
+        if any(features.shape[1] != width for features, _ in rows):
+            takes = f"(L,{width})" if width else "no text"
+            raise UserError(f"--features: this checkpoint takes {takes}, not {[(*text.shape,) for text, _ in rows]}")
+        return rows
+    prompts = args.prompt or []
+    if args.prompts:
+        with fid.naming(f"--prompts {args.prompts}: cannot be read; expected a prompt a line, or .jsonl with captions"):
+            prompts = [line for line in Path(args.prompts).read_text(encoding="utf-8").split("\n") if line.strip()]
+            if args.prompts.endswith(".jsonl"):
+                captions = [json.loads(line)["caption"] for line in prompts]
+                prompts = [caption if isinstance(caption, str) else caption[0] for caption in captions]
+    if not prompts and not model.mixer.cross:
+        return class_numbers(model, args.classes, most=None if args.save else 10)
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise UserError("this checkpoint takes text: give --prompt with some words in it")
+    for prompt in prompts:
+        if model.text is not None and len(model.text.split(prompt)) > model.text.context:
+            print(f"--prompt {prompt[:60]!r}... is too long and was cut")
+    return prompts
+
+def class_numbers(model, wanted, most):
+    """Names or numbers -> class numbers; the first `most` (None: all) where none are wanted. Raises UserError."""
     count = model.mixer.classes
     if wanted is None:
-        return list(range(min(count, 10))) or [0]
-    if not count:
-        raise UserError("--classes: this checkpoint has no classes; leave the option out")
+        return list(range(count))[:most] or [0]  # a checkpoint without classes gives one row
     numbers = []
     for name in wanted:
         if name in model.classes:
@@ -228,249 +432,170 @@ def class_numbers(model, wanted):
         elif name.isdecimal() and int(name) < count:
             numbers.append(int(name))
         else:
-            known = f"; by name: {', '.join(model.classes[:10])}" + (" ..." if len(model.classes) > 10 else "") if model.classes else ""
-            raise UserError(f"--classes {name}: no such class; they are numbered 0 to {count - 1}{known}")
+            raise UserError(f"--classes {name}: no such class; 0 to {count - 1} are: {' '.join(model.classes[:10])}")
     return numbers
 
+def generate_images(model, wanted, seeds, args):
+    """Class numbers, prompts or features, one a picture -> images (B,3,S,S) in [-1,1], each from its own seed."""
+    if isinstance(wanted[0], int):
+        condition = {"classes": torch.tensor(wanted)}
+    elif isinstance(wanted[0], str):
+        condition = dict(zip(("text", "mask"), model.prompts(wanted)))
+    else:
+        padded = [nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*wanted)]
+        condition = dict(zip(("text", "mask"), padded))
+    noise = model.noise(seeds, mixer=True)
+    z = model.generate(steps=args.steps, cfg=args.cfg, cfg_interval=args.cfg_interval, noise=noise, **condition)
+    return model.decode(z, args.steps, model.noise(seeds))
 
-def conditions_of(model, args):
-    """What the command line asks for, as arguments of `generate`: classes, or text and its mask. Raises UserError."""
-    prompts = list(args.prompt or [])
-    if args.prompts:
-        with naming(f"--prompts {args.prompts}: cannot be read as text"):
-            prompts += [line for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if args.features:
-        with naming("--features: not an .npz with features (L,C)"):
-            rows = [text_features(path) for path in args.features]
-        width = model.mixer.config["text_width"]
-        if not width:
-            raise UserError("--features: this checkpoint takes no text; give --classes")
-        if any(features.shape[1] != width for features, _ in rows):
-            raise UserError(f"--features: expected (L,{width}), as the checkpoint was trained with; got {[tuple(f.shape) for f, _ in rows]}")
-        return {name: torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for name, part in zip(("text", "mask"), zip(*rows))}
-    if not prompts and not model.mixer.cross:
-        return {"classes": torch.tensor(class_numbers(model, args.classes))}
-    if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise UserError("this checkpoint takes text: give --prompt with some words in it")
-    for prompt in prompts:
-        if model.text is not None and len(model.text.split(prompt)) > model.text.context:
-            print(f"--prompt {prompt[:60]!r}... is too long and was cut")
-    text, mask = model.prompts(prompts)
-    return {"text": text, "mask": mask}
+# ---- --save: one file a picture, for fid.py. Under torchrun each process writes its share
+def my_share(count, ranks, args):
+    """Yields this process's numbers below `count`, --batch of them at a time."""
+    mine = range(ranks.rank, count, ranks.world)
+    for i in tqdm(range(0, len(mine), args.batch), "pictures", unit_scale=args.batch, disable=not ranks.main):
+        yield mine[i:i + args.batch]
 
+def save_files(folder, numbers, images):
+    """uint8 images (B,3,H,W) as folder/number.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, x in zip(numbers, images.cpu()):
+        picture = Image.fromarray(x.permute(1, 2, 0).numpy())
+        fid.write_file(folder / f"{i:06d}.png", lambda f: picture.save(f, "PNG"))
+
+def save_reconstructed(model, args, ranks):
+    """Pictures as the model sees them to real/, their reconstructions to reconstructed/. Raises UserError."""
+    places = places_of(args.reconstruct)
+    for numbers in my_share(len(places), ranks, args):
+        real = read_pictures([places[i] for i in numbers], model.pixels)                                  # (B,3,S,S)
+        noise = model.noise([args.seed + i for i in numbers])
+        images = model.decode(model.encode(to_float(real)), args.steps, noise)
+        save_files(Path(args.save, "real"), numbers, real)
+        save_files(Path(args.save, "reconstructed"), numbers, fid.to_uint8(images))
+
+def save_generated(model, args, ranks):
+    """--num pictures to generated/; with --clip the CLIP score is printed. Raises UserError."""
+    asked = requests(model, args)
+    count = args.num or args.per_class * len(asked)
+    which = torch.arange(count) % len(asked)
+    if args.labels == "random":
+        which = torch.randint(len(asked), (count,), generator=torch.Generator().manual_seed(args.seed))
+    score = ClipScore(args.clip, args.bpe, model.device) if args.clip else None
+    total = torch.zeros(2, dtype=torch.float64)  # sum of the cosines, and how many
+    for numbers in my_share(count, ranks, args):
+        wanted = [asked[which[i]] for i in numbers]
+        images = fid.to_uint8(generate_images(model, wanted, [args.seed + i for i in numbers], args))
+        save_files(Path(args.save, "generated"), numbers, images)
+        if score:
+            total += torch.tensor([score(to_float(images), wanted).sum().item(), len(numbers)], dtype=torch.float64)
+    cosines, count = ranks.sum(total).tolist()
+    if score and ranks.main:
+        cosine = cosines / count
+        print(f"CLIP score {100 * cosine:.4f} (100 cos), CLIPScore {2.5 * max(cosine, 0):.4f}, {count:.0f} pictures")
 
 class ClipScore:
     """Cosine of CLIP's embeddings of picture and caption (Hessel 2021)."""
-
     def __init__(self, path, vocabulary, device):
         path = tok.weight_file(path)
         tensors = tok.read_tensors(path)
-        self.vit, self.text = tok.vit_from(tensors, path).to(device), ClipText(tok.load_text_encoder(path), vocabulary).to(device)
-        proj = tensors["visual.proj"] if "visual.proj" in tensors else tensors["visual_projection.weight"].T
-        self.proj, self.mean, self.std = proj.float().to(device), *(torch.tensor(v, device=device).view(3, 1, 1) for v in tok.CLIP)
+        self.image = Tokenizer(tok.vit_from(tensors, path)).to(device)  # it normalises as CLIP wants it
+        self.text = ClipText(tok.load_text_encoder(path), vocabulary).to(device)
+        projection = tensors["visual.proj"] if "visual.proj" in tensors else tensors["visual_projection.weight"].T
+        self.projection = projection.float().to(device)
 
     @torch.no_grad()
     def __call__(self, images, captions):
         """Images (B,3,H,W) in [-1,1], B strings -> cosine (B,)."""
-        x = torch.nn.functional.interpolate(images, (self.vit.pixels,) * 2, mode="bicubic", antialias=True)
-        a = self.vit(((x + 1) / 2 - self.mean) / self.std)[:, 0] @ self.proj                       # (B,E)
-        return torch.cosine_similarity(a, self.text.tower.embed(self.text.bpe(captions).to(a.device)))
+        size = (self.image.vit.pixels,) * 2
+        images = nn.functional.interpolate(images.to(self.projection), size, mode="bicubic", antialias=True)
+        image = self.image(images)[:, 0] @ self.projection                                                # (B,E)
+        text = self.text.tower.embed(self.text.bpe(captions).to(image.device))                            # (B,E)
+        return torch.cosine_similarity(image, text)
 
+# ---- Below: the authors' checkpoint; renamings of its tensors into our names (facts of its layout only)
+DECODER = [
+    (r"^time_emb\.weight", "mapping.freqs"), (r"^time_in_proj", "mapping.in_proj"),
+    (r"^mapping\.blocks\.(\d)\.norm", r"mapping.norms.\1"), (r"^encoder\.dino\.temp_pos_embed", "token_pos"),
+    (r"^encoder\.dino\.backbone\.(fc|ln)\.", r"token_\1."), (r"^backbone\.mid_merge\.pre_proj\.proj", "patch_in"),
+    (r"^backbone\.mid_merge\.proj", "merge"), (r"^backbone\.mid_split\.post_proj\.norm", "norm_out"),
+    (r"^backbone\.mid_split\.post_proj\.proj", "patch_out"),
+    (r"^backbone\.mid_level\.0\.self_attn\.pos_emb\.freqs", "freqs"),  # the same in every block
+    (r"^backbone\.mid_level\.(\d+)\.self_attn\.norm", r"blocks.\1.norm1"),
+    (r"^backbone\.mid_level\.(\d+)\.self_attn\.", r"blocks.\1.attn."),
+    (r"^backbone\.mid_level\.(\d+)\.ff\.norm", r"blocks.\1.norm2"),
+    (r"^backbone\.mid_level\.(\d+)\.ff\.", r"blocks.\1.ff.")]
+DECODER_UNUSED = r"^ae\.|dino\.(model|target_model)\.|new_reg|\.[1-9]\d*\.self_attn\.pos_emb"
+MIXER = [
+    (r"^t_embedder\.", "time."), (r"^label_embedder\.embedding_table\.", "label."),
+    (r"^mixer\.0\.(weight|bias)", r"proj_in.\1"),
+    (r"^mixer\.(\d+)\.0\.norm\.", r"layers.\1.norm1."), (r"^mixer\.(\d+)\.1\.norm\.", r"layers.\1.norm2."),
+    (r"^mixer\.(\d+)\.0\.fn\.0\.", r"layers.\1.tokens.up."), (r"^mixer\.(\d+)\.0\.fn\.3\.", r"layers.\1.tokens.down."),
+    (r"^mixer\.(\d+)\.1\.fn\.0\.", r"layers.\1.channels.up."),
+    (r"^mixer\.(\d+)\.1\.fn\.3\.", r"layers.\1.channels.down.")]
 
-@torch.no_grad()
-def evaluate(args, model, ranks):
-    """--eval: scores of the tokenizer on these pictures, and of the generator; every picture by its own seed, whatever the ranks."""
-    pictures, text = Pictures(args.eval, model.pixels), model.mixer is not None and bool(model.mixer.cross)
-    if model.pixels < 16:
-        raise UserError(f"--eval: SSIM and LPIPS need pictures of at least 16 pixels, and this checkpoint makes {model.pixels}")
-    if text and model.text is None:
-        raise UserError("--eval: the checkpoint was trained on features made beforehand, and has no encoder for the captions")
-    if args.clip and not text:
-        raise UserError("--clip: the checkpoint takes no text to hold its pictures against; leave the option out")
-    if text and not pictures.texts:
-        raise UserError(f"--eval {args.eval}: the checkpoint takes text, and these pictures have no captions")
-    net = fid.load_inception(args.inception, args.resize, ranks.device)
-    reference = fid.read_statistics(args.reference) if args.reference else None
-    if reference:
-        fid.compare(reference, net)
-    lpips = fid.LPIPS(args.vgg, args.lpips).to(ranks.device) if args.vgg else None
-    clip = ClipScore(args.clip, args.bpe, ranks.device) if args.clip else None
-    real, recon, made, pairs, cosine, losses = sums(args, model, ranks, pictures, net, lpips, clip)
-    if not ranks.main:
-        return
-    how, digest = {"preprocessing": args.resize, "weights": net.inception}, fid.sha256(args.eval)
-    rows = [fid.record("rFID", fid.fid(real, recon), real.n, recon.n, args.eval, digest, **how), *fid.record_pairs(pairs, lpips, args.eval, digest)]
-    if model.mixer is not None:
-        side, *where = (reference, args.reference, fid.sha256(args.reference)) if reference else (real, args.eval, digest)
-        rows.append(fid.record("gFID", fid.fid(side, made), side.n, made.n, *where, **how))
-        print("loss of Eq. 1 in eight segments of t:", " ".join("-" if v is None else f"{v:.4f}" for v in losses))
-    if clip:
-        rows.append(fid.record("CLIP score", 100 * cosine.mu[0], cosine.n, cosine.n, args.eval, digest, weights=fid.sha256(tok.weight_file(args.clip))))
-        print(f"CLIPScore (2.5 max(cos, 0)): {2.5 * max(cosine.mu[0], 0):.4f}")
-    if args.json:
-        fid.write_file(args.json, lambda f: f.write(json.dumps(rows, indent=1).encode()))
+def released(content, path):
+    """The authors' checkpoint as a RepTok: widths and depths are counted from the stored shapes. Raises UserError."""
+    tensors = tok.flatten(content["state_dict"])
+    decoder_tensors = under(tensors, "first_stage.decoder.decoder.")
+    mixer_tensors = under(tensors, "ema_model.net.") or under(tensors, "model.net.")
+    if "time_emb.weight" not in decoder_tensors:
+        raise UserError(f"{path}: not a RepTok checkpoint; expected stage1.pt, stage2.pt or the authors' .ckpt")
+    try:
+        vit = tok.vit_from(under(tensors, "first_stage.encoder.encoder."), path)
+        tokenizer = Tokenizer(vit)  # its embedding is the tuned class token
+        original = decoder_tensors.get("encoder.dino.target_model.cls_token", vit.cls_token)
+        vit.cls_token.data = original.float()
+        vae = dec.vae_from(under(decoder_tensors, "ae.ae."), path)
+        decoder = released_decoder(decoder_tensors, vae, path)
+        mixer = released_mixer(mixer_tensors, path)
+    except KeyError as e:
+        raise UserError(f"{path}: looks like the authors' checkpoint, but {e} is missing; get it again") from None
+    found = scale_factors(content.get("hyper_parameters", {}))
+    _, scale = min(found, key=lambda pair: not pair[0], default=(True, 1.0))  # the first stage's, if any
+    mean = torch.zeros(1, mixer.K, mixer.D)
+    return RepTok(tokenizer, decoder, vae, mixer, mean=mean, std=torch.full_like(mean, scale), released=True)
 
+def released_decoder(tensors, vae, path):
+    """The decoder of the authors' checkpoint."""
+    tensors = tok.rename({k: v for k, v in tensors.items() if not re.search(DECODER_UNUSED, k)}, DECODER)
+    tensors["token_pos"] = tensors["token_pos"].view(1, 1, -1)
+    width, inputs = tensors["patch_in.weight"].shape
+    with torch.device("meta"):
+        decoder = dec.Decoder(vae.channels, 256 // vae.factor, patch=round((inputs / vae.channels) ** 0.5), width=width,
+                              depth=1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")),
+                              heads=len(tensors["blocks.0.attn.scale"]), mapping=len(tensors["mapping.in_proj.weight"]),
+                              token_dim=tensors["token_fc.weight"].shape[1])
+    return tok.fit(decoder, tensors, path, "the authors' decoder")
 
-def sums(args, model, ranks, pictures, net, lpips, clip):
-    """The loop of `evaluate`: Statistics over all ranks of real, reconstructed and generated pictures, of pair_scores and of CLIP's cosine,
-    and the Mixer's loss in eight segments of t."""
-    real, recon, made = (fid.Statistics(2048, args.resize, net.inception) for _ in range(3))
-    pairs, cosine, bins = fid.Statistics(3), fid.Statistics(1), Bins(ranks.device)
-    mixer, N, C = model.mixer, len(pictures), model.mixer.classes if model.mixer else 0
-    count, order = args.num or N, np.arange(N)
-    if count < N:  # a part of them is drawn from all, not from the first classes
-        order = np.random.default_rng(args.seed).permutation(N)
-    labels = torch.arange(count) % max(C, 1)
-    if args.labels == "random":
-        labels = torch.randint(max(C, 1), (count,), generator=torch.Generator().manual_seed(args.seed))
-    mine = range(ranks.rank, count, ranks.world)
-    for at in tqdm(range(0, len(mine), args.batch), desc="eval", unit_scale=args.batch, disable=not ranks.main, dynamic_ncols=True):
-        chunk = list(mine[at:at + args.batch])
-        seeds, shown = [args.seed + i for i in chunk], [int(order[i % N]) for i in chunk]          # the picture that goes with each number
-        noise, n = model.noise(seeds), sum(i < N for i in chunk)                                   # from number N on they come again
-        if here := shown[:n]:
-            x = torch.stack([pictures.read(i) for i in here]).to(ranks.device)                     # uint8 (n,3,S,S)
-            z = model.encode(x.float() / 127.5 - 1)
-            y = fid.to_uint8(model.decode(z, args.steps, noise[:n]))
-            real.update(net(x)), recon.update(net(y)), pairs.update(fid.pair_scores(x, y, lpips))
-            keep(args.save, "reconstructed", here, y)
-        if mixer is None:
-            continue
-        captions = [(own := pictures.captions(p))[i // N % len(own)] for i, p in zip(chunk, shown)] if mixer.cross else None
-        features = model.prompts(captions) if captions else (None, None)
-        start = model.noise(seeds, mixer=True)
-        if here:  # the loss of Eq. 1 on these tokens
-            t = torch.tensor([i * 0.6180339887 % 1 for i in here], device=ranks.device)
-            known = (pictures.labels[here] if len(pictures.classes) == C else torch.full((n,), C)).to(ranks.device)
-            bins.add(t, flow_loss(lambda z_t, s: mixer(z_t, s, known, *(u if u is None else u[:n] for u in features)),
-                                  (z - model.mean) / model.std, t, start[:n]))
-        y = fid.to_uint8(model.decode(model.generate(labels[chunk], args.steps, args.cfg, args.cfg_interval, start, *features), args.steps, noise))
-        made.update(net(y))
-        keep(args.save, "generated", chunk, y)
-        if clip:
-            cosine.update(clip(y.float() / 127.5 - 1, captions)[:, None])
-    return *(side.reduce() for side in (real, recon, made, pairs, cosine)), bins.read(ranks)
-
-
-def keep(folder, kind, numbers, images):
-    """Save uint8 pictures (B,3,H,W) as folder/kind/number.png, where a folder is given."""
-    if folder:
-        make_folder(Path(folder, kind), "--save")
-        for i, x in zip(numbers, images.cpu()):
-            Image.fromarray(x.permute(1, 2, 0).numpy()).save(Path(folder, kind, f"{i:06d}.png"))
-
-
-def load_images(paths, pixels):
-    """Picture files, any size -> [(1,3,H,W) in [-1,1]] and, cropped to pixels x pixels for the eye, (B,3,pixels,pixels)."""
-    images = []
-    for path in paths:
-        with naming(f"{path}: not a readable picture"):
-            x = fid.decode(path)
-        images.append(torch.from_numpy(x).permute(2, 0, 1)[None].float() / 127.5 - 1)
-    return images, torch.cat([tok.resize(x, pixels) for x in images])
-
-
-def main():
-    """The command line: load, then score, export, or draw one picture. Raises UserError."""
-    args = options()
-    ranks = Ranks(args.device)
-    model = RepTok.load(args.ckpt, ranks.device)
-    if args.eval:
-        return evaluate(args, model, ranks)
-    if args.export:
-        return save_checkpoint(Path(args.export), model.parts())
-    seeds = lambda n: range(args.seed, args.seed + n)
-    if args.reconstruct or args.interpolate:
-        images, shown = load_images(args.reconstruct or args.interpolate, model.pixels)
-        z = torch.cat([model.encode(x) for x in images])                                           # (B,K,D)
-        if args.interpolate:
-            s = torch.linspace(0, 1, 8, device=model.device)[:, None, None]
-            strip = model.decode((1 - s) * z[:1] + s * z[1:], args.steps, model.noise(seeds(1)).expand(8, -1, -1, -1))
-            rows = [torch.cat([shown[:1], strip.cpu(), shown[1:]])]                                # input, eight steps, input
-        else:
-            rows = [shown, model.decode(z, args.steps, model.noise(seeds(len(z)))).cpu()]
-    else:
-        if model.mixer is None:
-            raise UserError(f"--ckpt {args.ckpt}: a checkpoint of stage 1, which cannot generate; give a stage2.pt, or use --reconstruct")
-        conditions = conditions_of(model, args)  # classes (B,) or text (B,L,C) and mask (B,L), each once
-        conditions = {k: u.repeat_interleave(args.per_class, 0) for k, u in conditions.items()}
-        seeds = seeds(len(next(iter(conditions.values()))))
-        z = model.generate(steps=args.steps, cfg=args.cfg, cfg_interval=args.cfg_interval, noise=model.noise(seeds, mixer=True), **conditions)
-        rows = model.decode(z, args.steps, model.noise(seeds)).split(args.per_class)
-    fid.write_file(args.out, lambda f: grid(rows).save(f, "PNG"))
-    print(f"{args.out}: {len(rows)} x {len(rows[0])} pictures")
-
-
-# ---- Below: the authors' checkpoint, a table of renamings into our names (facts of its layout only)
-
-DECODER = [(r"^time_emb\.weight", "mapping.freqs"), (r"^time_in_proj", "mapping.in_proj"), (r"^mapping\.blocks\.(\d)\.norm", r"mapping.norms.\1"),
-           (r"^encoder\.dino\.temp_pos_embed", "token_pos"), (r"^encoder\.dino\.backbone\.(fc|ln)\.", r"token_\1."),
-           (r"^backbone\.mid_merge\.pre_proj\.proj", "patch_in"), (r"^backbone\.mid_merge\.proj", "merge"),
-           (r"^backbone\.mid_split\.post_proj\.norm", "norm_out"), (r"^backbone\.mid_split\.post_proj\.proj", "patch_out"),
-           (r"^backbone\.mid_level\.0\.self_attn\.pos_emb\.freqs", "freqs"),  # the same in every block
-           (r"^backbone\.mid_level\.(\d+)\.self_attn\.norm", r"blocks.\1.norm1"), (r"^backbone\.mid_level\.(\d+)\.self_attn\.", r"blocks.\1.attn."),
-           (r"^backbone\.mid_level\.(\d+)\.ff\.norm", r"blocks.\1.norm2"), (r"^backbone\.mid_level\.(\d+)\.ff\.", r"blocks.\1.ff.")]
-MIXER = [(r"_orig_mod\.", ""), (r"^t_embedder\.", "time."), (r"^label_embedder\.embedding_table\.", "label."), (r"^mixer\.0\.(weight|bias)", r"proj_in.\1"),
-         (r"^mixer\.(\d+)\.0\.norm\.", r"layers.\1.norm1."), (r"^mixer\.(\d+)\.1\.norm\.", r"layers.\1.norm2."),
-         (r"^mixer\.(\d+)\.0\.fn\.0\.", r"layers.\1.tokens.up."), (r"^mixer\.(\d+)\.0\.fn\.3\.", r"layers.\1.tokens.down."),
-         (r"^mixer\.(\d+)\.1\.fn\.0\.", r"layers.\1.channels.up."), (r"^mixer\.(\d+)\.1\.fn\.3\.", r"layers.\1.channels.down.")]
-
+def released_mixer(tensors, path):
+    """The Mixer of the authors' checkpoint: entry 0 projects in, then come layers, norm and the projection out."""
+    tensors = {k.replace("_orig_mod.", ""): v for k, v in tensors.items()}  # a mark that compilation leaves
+    last = max(int(k.split(".")[1]) for k in tensors if k.startswith("mixer."))
+    ends = [(rf"^mixer\.{last - 1}\.", "norm."), (rf"^mixer\.{last}\.", "proj_out.")]
+    tensors = tok.rename(tensors, MIXER + ends)
+    tensors = {re.sub(r"^layers\.(\d+)", lambda m: f"layers.{int(m[1]) - 1}", k): v for k, v in tensors.items()}
+    for name, tensor in tensors.items():
+        if name.endswith(("tokens.up.weight", "tokens.down.weight")):  # stored as convolutions of kernel size 1
+            tensors[name] = tensor.squeeze(-1)
+    token_hidden, S = tensors["layers.0.tokens.up.weight"].shape
+    hidden, D = tensors["proj_in.weight"].shape
+    with torch.device("meta"):
+        mixer = Mixer(S - 2, D, hidden, last - 2, len(tensors["label.weight"]) - 1, token_hidden,
+                      channel_hidden=len(tensors["layers.0.channels.up.weight"]), time_scale=1.0)
+    return tok.fit(mixer, tensors, path, "the authors' Mixer")
 
 def under(tensors, prefix):
     """The tensors below a prefix, without it."""
     return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-
-def scale_factor(settings):
-    """The first number of this name in nested plain containers and inert nodes (OmegaConf keeps a leaf's value in `_val`), the first
-    stage's before all others; 1 where there is none."""
-    found, seen, nodes = [], set(), [(True, settings)]
-    for other, node in nodes:  # which grows meanwhile: no recursion, however deep a stranger's file is
-        if isinstance(node, (dict, list, tuple)) and id(node) not in seen:
-            seen.add(id(node))
-            for k, value in node.items() if isinstance(node, dict) else enumerate(node):
-                leaf = value.get("_val", value) if isinstance(value, dict) else value
-                if k == "scale_factor" and isinstance(leaf, (int, float)) and not isinstance(leaf, bool):
-                    found.append((other, float(leaf)))
-                nodes.append((other and not (isinstance(k, str) and "first_stage" in k), value))
-    return min(found, key=lambda pair: pair[0], default=(True, 1.0))[1] or 1.0
-
-
-def released(content, path):
-    """The authors' checkpoint as a RepTok: widths and depths are counted from the stored shapes. Raises UserError."""
-    tensors = tok.flatten(content["state_dict"]) if isinstance(content.get("state_dict"), dict) else {}
-    prefix = "first_stage.decoder.decoder."
-    if prefix + "time_emb.weight" not in tensors:
-        raise UserError(f"{path}: not a RepTok checkpoint; expected stage1.pt, stage2.pt or the authors' reptok-xl-600k-ImageNet.ckpt")
-    with naming(f"{path}: looks like the authors' checkpoint but has tensors missing or misshapen"):
-        vit = tok.vit_from(under(tensors, "first_stage.encoder.encoder."), path)
-        tokenizer = Tokenizer(vit)
-        vit.cls_token.data = tensors.get(prefix + "encoder.dino.target_model.cls_token", vit.cls_token).float()  # the original, for the prior
-        vae = vae_from(under(tensors, prefix + "ae.ae."), path)
-        unused = r"^ae\.|dino\.(model|target_model)\.|new_reg|\.[1-9]\d*\.self_attn\.pos_emb"     # rotary frequencies are block 0's in all
-        named = tok.rename({k: v for k, v in under(tensors, prefix).items() if not re.search(unused, k)}, DECODER)
-        named["token_pos"] = named["token_pos"].view(1, 1, -1)
-        shape = {k: tuple(v.shape) for k, v in named.items()}
-        patch = round((shape["patch_in.weight"][1] / vae.channels) ** 0.5)
-        depth = 1 + max(int(k.split(".")[1]) for k in named if k.startswith("blocks."))
-        with torch.device("meta"):
-            decoder = Decoder(vae.channels, 256 // vae.factor, patch, shape["patch_in.weight"][0], depth, shape["blocks.0.attn.scale"][0],
-                              shape["mapping.in_proj.weight"][0], shape["token_fc.weight"][1])
-        tok.fit(decoder, named, path, "the authors' decoder")
-        net = under(tensors, "ema_model.net.") or under(tensors, "model.net.")
-        net = {k: v.squeeze(-1) if re.search(r"\.0\.fn\.\d\.weight", k) else v for k, v in tok.rename(net, MIXER[:1]).items()}
-        last = max(int(k.split(".")[1]) for k in net if k.startswith("mixer."))                    # 0, layers, norm, last
-        table = [*MIXER, (rf"^mixer\.{last - 1}\.", "norm."), (rf"^mixer\.{last}\.", "proj_out.")]
-        net = {re.sub(r"^layers\.(\d+)", lambda m: f"layers.{int(m[1]) - 1}", k): v for k, v in tok.rename(net, table).items()}
-        shape = {k: tuple(v.shape) for k, v in net.items()}
-        K, classes = shape["layers.0.tokens.up.weight"][1] - 2, shape["label.weight"][0] - 1
-        with torch.device("meta"):
-            mixer = Mixer(K, shape["proj_in.weight"][1], shape["proj_in.weight"][0], last - 2, classes,
-                          shape["layers.0.tokens.up.weight"][0], shape["layers.0.channels.up.weight"][0], time_scale=1.0)
-        tok.fit(mixer, net, path, "the authors' Mixer")
-        scale = scale_factor(content.get("hyper_parameters", {}))
-    return RepTok(tokenizer, decoder, vae, mixer, torch.zeros(1, K, mixer.D), torch.full((1, K, mixer.D), scale), released=True)
-
+def scale_factors(node, first_stage=False):
+    """Yields (whether it is the first stage's, number) for each `scale_factor` in nested settings: plain containers, or
+    OmegaConf nodes, which keep a leaf's value in `_val`."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        leaf = value.get("_val") if isinstance(value, dict) else value
+        if key == "scale_factor" and isinstance(leaf, (int, float)):
+            yield first_stage, float(leaf)
+        if isinstance(value, (dict, list, tuple)) and key != "_parent":  # parents lead in circles
+            yield from scale_factors(value, first_stage or "first_stage" in str(key))
 
 if __name__ == "__main__":
     guarded(main)
