@@ -55,7 +55,7 @@ def main():
     rows = shared.precompute("tokens", digest, fields, pictures, ranks, args, lambda images: [model.tokenizer(images)])
     tokens = torch.from_numpy(rows["tokens"].copy()).to(device)                                           # (N,V,K,D)
     picture_of = torch.from_numpy(rows["index"].copy()).long()  # (N,): another one where one could not be read
-    labels = pictures.labels[picture_of].to(device)                                                             # (N,)
+    labels = pictures.labels[picture_of]                                                                  # (N,)
     N, V, K, D = tokens.shape
     if saved:
         model = RepTok.from_checkpoint(saved, out, averaged=False).to(device)
@@ -80,22 +80,22 @@ def main():
     signals = shared.catch_signals()  # a list, filled by Ctrl-C and SIGTERM
 
     for step, indices in enumerate(shared.picture_order(N, args, ranks, first), first):
-        # Drawn for the whole batch in every process: neither processes nor accumulation change the sequence.
-        draw = generator(args.seed, step, device, stream=1)
-        t, drop, view, choice = (torch.rand(args.batch, generator=draw, device=device) for _ in range(4))
-        noise = torch.randn(args.batch, K, D, generator=draw, device=device)                              # (B,K,D)
+        # Drawn for the whole batch in every process, on the CPU: nothing changes the sequence or waits for a GPU.
+        draw = generator(args.seed, step, "cpu", stream=1)
+        t, drop, view, choice = (torch.rand(args.batch, generator=draw) for _ in range(4))
+        noise = torch.randn(args.batch, K, D, generator=draw)                                             # (B,K,D)
         t, drop, view, choice, noise = (ranks.share(u) for u in (t, drop, view, choice, noise))
-        z = tokens[torch.tensor(indices, device=device), (view * V).long()].float()                       # (B,K,D)
-        z = (z - model.mean) / model.std  # normalised; V views above, one at random
+        z = (tokens[torch.tensor(indices), (view * V).long()].float() - model.mean) / model.std           # (B,K,D)
         keep = drop >= args.label_drop  # labels and captions are dropped at random, for guidance
         classes = torch.where(keep, labels[indices], len(model.classes))  # the last number is "none"
         batch = [z, t, noise, classes]
         if args.captions:
             words, mask = text_of(pictures, model.text, width, picture_of[indices].tolist(), choice.tolist())
-            batch += [words.to(device), mask.to(device) & keep[:, None]]  # False: no text
+            batch += [words, mask & keep[:, None]]  # (B,L,C) or ids (B,L); mask (B,L), False is no text
 
         means = torch.zeros(1, device=device)
-        for n, (z, t, noise, classes, *words) in enumerate(zip(*(u.chunk(args.accumulate) for u in batch)), 1):
+        pieces = zip(*(u.to(device, non_blocking=True).chunk(args.accumulate) for u in batch))            # b of B below
+        for n, (z, t, noise, classes, *words) in enumerate(pieces, 1):
             for network in (mixer, encode_text):
                 network.require_backward_grad_sync = n == args.accumulate  # DDP, if any, averages after the last piece
             with autocast(device, args.dtype):
