@@ -337,12 +337,6 @@ class Inert:
         """Takes any arguments and does nothing."""
     __setstate__ = __init__
 
-def read_torch(path):
-    """What torch.save wrote; the tensors stay in the file until they are used, and no code of the file runs."""
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)  # "module.name", all but tensors and containers
-    with torch.serialization.safe_globals([(Inert, name) for name in names]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file: the length of a JSON header, the header, raw bytes; float tensors only."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -367,7 +361,11 @@ def read_tensors(path):
     try:
         with open(path, "rb") as f:
             safetensors = f.read(9)[8:] == b"{"
-        content = read_safetensors(path) if safetensors else read_torch(path)
+        if safetensors:
+            return read_safetensors(path)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)  # all classes but tensors and containers
+        with torch.serialization.safe_globals([(Inert, name) for name in names]):  # no code of the file runs
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         content = content.get("state_dict", content)
         return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
     except Exception as e:  # whatever goes wrong here, the reason is the file

@@ -63,15 +63,15 @@ def main():
     model = RepTok.from_checkpoint(saved, out, averaged=False) if saved else (initial or build(args, pictures, ranks))
     tokenizer, decoder, vae = (network.to(device) for network in (model.tokenizer, model.decoder, model.vae))
     model = RepTok(tokenizer, decoder, vae, classes=pictures.classes, data=(pictures.source, pictures.fingerprint))
-    tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing
+    tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing  # recompute activations backwards
 
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # "tokenizer.embedding", ...
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # tokenizer.embedding, decoder
     optimizer = adamw(trained, args, args.token_lr)
     ema = EMA(trained, args.ema)
     first = restore(saved, optimizer, ema) if saved else 0  # the step to begin with
-    encode = ranks.wrap(tokenizer, args.compile)  # encode and decode: the same networks, with gradients averaged
-    decode = ranks.wrap(decoder, args.compile)    # over all processes
-    frozen = frozen_outputs(args, tokenizer, vae, pictures, ranks)
+    encode = ranks.wrap(tokenizer, args.compile)  # the same networks, with gradients averaged over all processes
+    velocity = ranks.wrap(decoder, args.compile)
+    run_frozen = frozen_networks(args, tokenizer, vae, pictures, ranks)
     shape = (args.batch, decoder.config["channels"], decoder.config["size"], decoder.config["size"])
     batches = load_batches(pictures, picture_order(len(pictures), args, ranks, first), device, args.workers)
     log = Log(out, args, ranks, first, pictures, trained)
@@ -79,7 +79,7 @@ def main():
 
     for step, (x, _, indices) in enumerate(batches, first):                           # x (B of this process,3,S,S)
         # Drawn for the whole batch in every process: neither processes nor accumulation change the sequence.
-        draw = generator(args.seed, step, device, stream=0)
+        draw = generator(args.seed, step, device, stream=0)  # stage 2 uses 1
         t = torch.sigmoid(torch.randn(args.batch, generator=draw, device=device) + args.t_mean)           # (B,)
         noise = torch.randn(shape, generator=draw, device=device)                                         # (B,C,h,w)
         vae_noise = torch.randn(shape, generator=draw, device=device)                                     # (B,C,h,w)
@@ -90,27 +90,27 @@ def main():
         means = torch.zeros(3, device=device)  # of loss, flow, cosine
         pieces = zip(*(u.chunk(args.accumulate) for u in (x, indices, mirror, t, noise, vae_noise)))  # b of B below
         for n, (x, indices, mirror, t, noise, vae_noise) in enumerate(pieces, 1):
-            for network in (encode, decode):
+            for network in (encode, velocity):
                 network.require_backward_grad_sync = n == args.accumulate  # DDP, if any, averages after the last piece
             with autocast(device, args.dtype):
-                mean, logvar, z0 = frozen(x, indices, mirror)  # VAE posterior, original tokens: of x, or from the cache
+                mean, logvar, z0 = run_frozen(x, indices, mirror)  # VAE posterior, original tokens; perhaps cached
                 latents = vae.sample(mean, logvar, vae_noise)                                             # (b,C,h,w)
                 z = encode(x)                                                                             # (b,K,D)
                 s = t[:, None, None, None]
                 x_t = (1 - s) * noise + s * latents                                                       # (b,C,h,w)
-                v = decode(x_t, t, z)  # Eq. 2: through z the loss reaches the class-token embedding
+                v = velocity(x_t, t, z)  # (b,C,h,w); Eq. 2: through z the loss reaches the class-token embedding
             flow = (v.float() - (latents - noise)).square().flatten(1).mean(1)                            # Eq. 1, (b,)
             cosine = cosine_loss(z, z0)                                                                   # Eq. 3, (b,)
             loss = (flow + args.lam * cosine).mean()
             (loss / args.accumulate).backward()
             means += torch.stack([loss, flow.mean(), cosine.mean()]).detach() / args.accumulate
-            log.add_by_time(t, flow.detach())
+            log.add_by_time(t, flow.detach())  # eight bins of t, until the next line of the log
 
         norm = nn.utils.clip_grad_norm_(trained.values(), args.clip_grad or math.inf)
         rate = set_learning_rate(optimizer, step, args)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update(step)
+        ema.update(step)  # its decay warms up
 
         end = step + 1 == args.steps or ranks.any_process(signals)
         save = end or (step + 1) % args.save_every == 0
@@ -128,7 +128,7 @@ def main():
     log.close(out, step + 1)
 
 # ---- Below: what stage 1 is built from, and its command line
-def frozen_outputs(args, tokenizer, vae, pictures, ranks):
+def frozen_networks(args, tokenizer, vae, pictures, ranks):
     """A function of images (b,3,S,S), their numbers (b,) and whether each is mirrored (b,). It returns what the frozen
     networks give: mean and log-variance of the latents (b,C,h,w), z0 (b,K,D); with --cache, from a file."""
     @torch.no_grad()
@@ -368,9 +368,10 @@ def checkpoint_to_resume(path, args, digest):
 
 def refuse_changes(path, then, now):
     """UserError where a setting is not what it was when the file at `path` was made."""
-    for name, value in now.items():
-        if value != then.get(name):
-            how = "not the same as" if name == "data" else f"{value} but was {then.get(name)}"
+    for name, value, was in ((name, now[name], then.get(name)) for name in now):
+        moved = name in ("encoder", "vae", "init", "clip", "bpe") and Path(f"{value}").name == Path(f"{was}").name
+        if value != was and not moved:  # the checkpoint holds what was read from a file that has moved
+            how = "not the same as" if name == "data" else f"{value} but was {was}"
             raise UserError(f"--{name.replace('_', '-')} is {how} in {path}; use the same, another --out, or --fresh")
 
 def restore(content, optimizer, ema):

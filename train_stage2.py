@@ -50,7 +50,7 @@ def main():
     digest = shared.fingerprint(args, pictures, "", model.tokenizer)
     saved = shared.checkpoint_to_resume(out, args, digest)
     torch.manual_seed(args.seed)
-    text, width = text_source(args, pictures) if args.captions else (None, 0)
+    text, width = text_source(args, pictures) if args.captions and not saved else (None, 0)
     fields = [("tokens", (model.tokenizer.K, model.tokenizer.width))]
     rows = shared.precompute("tokens", digest, fields, pictures, ranks, args, lambda images: [model.tokenizer(images)])
     tokens = torch.from_numpy(rows["tokens"].copy()).to(device)                                           # (N,V,K,D)
@@ -67,10 +67,11 @@ def main():
         model.mixer = new_mixer(args, K, D, len(model.classes), width)
         model.text = text
         model.to(device)
+    width = model.mixer.config["text_width"]
     model.tokenizer.requires_grad_(False)
     model.decoder.requires_grad_(False)
 
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # Mixer, small text encoder
     optimizer = shared.adamw(trained, args)
     ema = EMA(trained, args.ema)
     first = shared.restore(saved, optimizer, ema) if saved else 0
@@ -80,9 +81,9 @@ def main():
     signals = shared.catch_signals()  # a list, filled by Ctrl-C and SIGTERM
 
     for step, indices in enumerate(shared.picture_order(N, args, ranks, first), first):
-        # Drawn for the whole batch in every process, on the CPU: nothing changes the sequence or waits for a GPU.
+        # Drawn for the whole batch in every process, on the CPU: the same numbers on any device.
         draw = generator(args.seed, step, "cpu", stream=1)
-        t, drop, view, choice = (torch.rand(args.batch, generator=draw) for _ in range(4))
+        t, drop, view, choice = (torch.rand(args.batch, generator=draw) for _ in range(4))  # choice: of captions
         noise = torch.randn(args.batch, K, D, generator=draw)                                             # (B,K,D)
         t, drop, view, choice, noise = (ranks.share(u) for u in (t, drop, view, choice, noise))
         z = (tokens[torch.tensor(indices), (view * V).long()].float() - model.mean) / model.std           # (B,K,D)
