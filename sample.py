@@ -12,7 +12,6 @@ In Python: model = RepTok.load(path); z = model.encode(images); images = model.d
 Letters: B pictures, K tokens a picture, D token width, L text length, C text width, S side of a picture.
 """
 import argparse
-import atexit
 import datetime
 import errno
 import functools
@@ -272,7 +271,6 @@ class Ranks:
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
-            atexit.register(dist.destroy_process_group)
 
     def sum(self, x):
         """Sum of a tensor over all processes, in all processes."""
@@ -471,6 +469,7 @@ def save_reconstructed(model, args, ranks):
         images = model.decode(model.encode(to_float(real)), args.steps, noise)
         save_files(Path(args.save, "real"), numbers, real)
         save_files(Path(args.save, "reconstructed"), numbers, fid.to_uint8(images))
+    ranks.any_process()  # none leaves before the others are done
 
 def save_generated(model, args, ranks):
     """--num pictures to generated/; with --clip the CLIP score is printed. Raises UserError."""
