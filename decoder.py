@@ -122,12 +122,10 @@ class Mapping(nn.Module):
 
 class Decoder(nn.Module):
     """The velocity of the flow from noise to latents, given the tokens z of an image.
-
     forward(x_t (B,C,size,size), t (B,) or (1,) in [0,1], z (B,K,token_dim)) -> v (B,C,size,size).
     The projected tokens stand in front of the patches, all attend to all, and the tokens' outputs are dropped (Sec. 3).
     forward is project, condition and velocity in turn; a sampler calls project once, the other two at each step.
-    Raises UserError where `size` is no multiple of `patch`.
-    """
+    Raises UserError where `size` is no multiple of `patch`."""
     def __init__(self, channels=4, size=32, patch=2, width=1152, depth=28, heads=16, mapping=1024, token_dim=768, K=1,
                  learned_positions=False):
         super().__init__()
@@ -373,16 +371,12 @@ def read_tensors(path):
 
 # names of CompVis -> names of diffusers; CompVis counts the levels of the decoder from the full resolution
 COMPVIS = [
-    ("first_stage_model.", ""), (".nin_shortcut.", ".conv_shortcut."),
-    (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."),
-    (".mid.attn_1.", ".mid_block.attentions.0."), (".norm.", ".group_norm."),
-    (".norm_out.", ".conv_norm_out."), (".proj_out.", ".to_out.0."),
-    (".down.", ".down_blocks."), (".block.", ".resnets."),
-    (".downsample.", ".downsamplers.0."), (".upsample.", ".upsamplers.0."),
-    *((f".{name}.", f".to_{name}.") for name in "qkv"),
-    *((f".up.{i}.", f".up_blocks.{3 - i}.") for i in range(4))]
-OLD_DIFFUSERS = [(".query.", ".to_q."), (".key.", ".to_k."),
-                 (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")]
+    ("first_stage_model.", ""), (".nin_shortcut.", ".conv_shortcut."), (".mid.attn_1.", ".mid_block.attentions.0."),
+    (".mid.block_1.", ".mid_block.resnets.0."), (".mid.block_2.", ".mid_block.resnets.1."), (".norm.", ".group_norm."),
+    (".norm_out.", ".conv_norm_out."), (".proj_out.", ".to_out.0."), (".down.", ".down_blocks."),
+    (".block.", ".resnets."), (".downsample.", ".downsamplers.0."), (".upsample.", ".upsamplers.0."),
+    *((f".{name}.", f".to_{name}.") for name in "qkv"), *((f".up.{i}.", f".up_blocks.{3 - i}.") for i in range(4))]
+OLD_DIFFUSERS = [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")]
 
 def vae_from(tensors, path):
     """A frozen float32 VAE from {name: tensor} of diffusers, CompVis or a whole Stable Diffusion. Raises UserError."""

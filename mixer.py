@@ -80,12 +80,10 @@ class CrossAttention(nn.Module):
 
 class Mixer(nn.Module):
     """The velocity of the flow from noise to normalised tokens.
-
     forward(z_t (B,K,D), t (B,) or (1,) in [0,1], classes (B,) long, text (B,L,C), mask (B,L) bool) -> v (B,K,D).
     The Mixer's S tokens are the K noisy ones, one for the class (where `classes` is not 0), four learned ones where
     there is text (Sec. 4.2; C is `text_width`), and one for time. The class number `classes`, or a text whose mask is
-    all False, means "no condition": the unconditional half of guidance.
-    """
+    all False, means "no condition": the unconditional half of guidance."""
     def __init__(self, K=1, D=768, hidden=1280, depth=28, classes=1000, token_hidden=None, channel_hidden=None,
                  time_scale=1000.0, text_width=None):
         super().__init__()
@@ -132,11 +130,9 @@ class Mixer(nn.Module):
 
 def guided(mixer, classes=None, text=None, mask=None, scale=1.5, interval=(0.3, 0.9)):
     """Classifier-free guidance (Ho 2022): the velocity u + scale (c - u) for t in `interval`, and c for other times.
-
     c, u: the velocities with and without the condition; they run as one batch, and c alone outside the interval
     (Kynkaanniemi 2024). classes (B,) long, text (B,L,C), mask (B,L) bool: as Mixer takes them.
-    Returns velocity(z_t (B,K,D), t (1,)) -> v (B,K,D).
-    """
+    Returns velocity(z_t (B,K,D), t (1,)) -> v (B,K,D)."""
     both = {}
     if classes is not None:
         both["classes"] = torch.cat([classes, torch.full_like(classes, mixer.classes)])    # (2B,)

@@ -38,10 +38,8 @@ from tokenizer import ClipText, TextTower, Tokenizer, UserError, ViT, WordEncode
 
 class RepTok(nn.Module):
     """Tokenizer, decoder, VAE and, from stage 2 on, Mixer and perhaps text encoder of one checkpoint.
-
     Tokens z (B,K,D) are in the encoder's own scale; the Mixer works on (z - mean) / std, with mean and std (1,K,D).
-    classes: their names, [] if unknown. released: it is the authors'. data: stage 1's (source, fingerprint).
-    """
+    classes: their names, [] if unknown. released: it is the authors'. data: stage 1's (source, fingerprint)."""
     def __init__(self, tokenizer, decoder, vae, mixer=None, text=None, mean=None, std=None, classes=(), released=False,
                  data=None):
         super().__init__()
@@ -126,10 +124,8 @@ class RepTok(nn.Module):
     @torch.no_grad()
     def generate(self, classes=None, steps=50, cfg=1.5, cfg_interval=(0.3, 0.9), noise=None, text=None, mask=None):
         """Classes (B,) long, or text (B,L,C) and mask (B,L) -> new tokens (B,K,D), by Euler steps of the Mixer's flow.
-
         cfg: guidance scale, used while cfg_interval[0] <= t <= cfg_interval[1]; 1: none. noise (B,K,D): where the flow
-        of normalised tokens starts; by default picture i's is from seed i. Raises UserError on other conditions.
-        """
+        of normalised tokens starts; by default picture i's is from seed i. Raises UserError on other conditions."""
         if self.mixer is None:
             raise UserError("this checkpoint is of stage 1, which cannot generate: train stage 2 and give stage2.pt")
         if bool(self.mixer.cross) != (text is not None):
@@ -202,11 +198,7 @@ class Parser(argparse.ArgumentParser):
     """argparse that shows every default, takes no abbreviations and refuses in one line."""
     def __init__(self, doc):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.section = self
-
-    def group(self, title):
-        """The options that follow stand under this title in --help."""
-        self.section = self.add_argument_group(title)
+        self.section = self  # of --help, in which the next options stand
 
     def add(self, name, default=None, help="", **kwargs):
         """add_argument with the default in the help text."""
@@ -233,10 +225,12 @@ def guarded(main):
     """Call main(). An error that a user can correct ends in one line and status 2, any other in its traceback."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except (*ERRORS, torch.OutOfMemoryError, OSError) as e:
-        message = str(e)
+        message = str(e).rsplit("UserError: ", 1)[-1]  # a loader's worker puts its traceback before it
         if isinstance(e, torch.OutOfMemoryError):
             message = f"{message.split('. ')[0]}; use a larger --accumulate, --checkpointing or a smaller --batch"
         elif isinstance(e, OSError):
@@ -250,14 +244,14 @@ def guarded(main):
         sys.exit(2)
 
 class Ranks:
-    """One process, or one of many under torchrun: .rank, .world, .device, .main, and what they do together. Raises
-    UserError where the device is missing, or where --batch of a trainer's `args` cannot be shared out."""
-    def __init__(self, device="auto", args=None):
+    """One process, or one of many under torchrun: .rank, .world, .main, .device, .dtype, and what they do together.
+    Raises UserError where the device is missing, or where `batch` cannot be cut into `pieces` in each process."""
+    def __init__(self, device="auto", dtype="auto", batch=0, pieces=1):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
-        if args and args.batch % (self.world * args.accumulate):
-            raise UserError(f"--batch: not a multiple of {self.world} processes x --accumulate {args.accumulate}")
+        if batch % (self.world * pieces):
+            raise UserError(f"--batch: not a multiple of {self.world} processes x --accumulate {pieces}")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"  # not mps, which lacks some operations
         elif device != "cpu" and not getattr(torch, device).is_available():
@@ -268,9 +262,16 @@ class Ranks:
         self.device = torch.device(device, local)
         if device == "cuda":
             torch.cuda.set_device(self.device)
+        able = device == "cuda" and torch.cuda.is_bf16_supported(False)
+        able = able or device == "cpu" and torch.cpu._is_amx_tile_supported()
+        self.dtype = dtype if dtype != "auto" else "bfloat16" if able else "float32"
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+
+    def autocast(self):
+        """The context of --dtype; auto takes bfloat16 where the device has matrix instructions for it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
     def sum(self, x):
         """Sum of a tensor over all processes, in all processes."""
@@ -281,6 +282,20 @@ class Ranks:
     def any_process(self, found=()):
         """Whether the list `found` is not empty in any process. All wait for each other, but not for their GPUs."""
         return bool(self.sum(torch.tensor(len(found))))
+
+    def once(self, function):
+        """What function() returns in the first process, in all of them."""
+        found = [function() if self.main else None]
+        if self.world > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
+
+    def fetch(self, name_or_path):
+        """The path of a weight file. One process a machine downloads a named one, the others wait."""
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            tok.weight_file(name_or_path)
+        self.any_process()
+        return tok.weight_file(name_or_path)
 
     def share(self, x):
         """This process's part of a tensor that was drawn for the whole batch."""
@@ -293,18 +308,11 @@ class Ranks:
             return module
         return nn.parallel.DistributedDataParallel(module, [self.device.index] if self.device.type == "cuda" else None)
 
-def autocast(device, dtype):
-    """The autocast context of --dtype; auto takes bfloat16 where the device has matrix instructions for it."""
-    if dtype == "auto":
-        able = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
-        dtype = "bfloat16" if able and device.type in ("cuda", "cpu") else "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-
 def options():
     """The command line."""
     p = Parser(__doc__)
     p.add("--ckpt", None, "checkpoint: stage1.pt, stage2.pt, an export, or the authors'", required=True)
-    p.group("what to do; default: generate pictures of all classes, up to ten")
+    p.section = p.add_argument_group("what to do; default: generate pictures of all classes, up to ten")
     p.section = p.section.add_mutually_exclusive_group()
     p.add("--classes", None, "generate these classes, by name or number, a row of pictures each", nargs="+")
     p.add("--prompt", None, "generate from a prompt, a row each; may be given several times", action="append")
@@ -313,26 +321,27 @@ def options():
     p.add("--reconstruct", None, "encode and decode these pictures, or those of a folder", nargs="+")
     p.add("--interpolate", None, "two pictures; eight steps between their tokens", nargs=2)
     p.add("--export", None, "write the checkpoint to this file without what only training needs")
-    p.group("sampling")
+    p.section = p.add_argument_group("sampling")
     p.add("--per-class", 8, "pictures of each class or prompt", type=whole(1))
     p.add("--steps", 50, "Euler steps of Mixer and decoder", type=whole(1))
     p.add("--cfg", 1.5, "guidance scale; 1 is none", type=number(0))
     p.add("--cfg-interval", [0.3, 0.9], "guidance acts while t is between these", nargs=2, type=number(0, 1))
     p.add("--seed", 0, "seed of the first picture; the next ones count on", type=whole(0))
-    p.add("--device", "auto", "auto, cpu, cuda or mps", choices=["auto", "cpu", "cuda", "mps"])
-    p.group("output")
+    p.add("--device", "auto", "auto is cuda where there is one, else cpu", choices=["auto", "cpu", "cuda", "mps"])
+    p.add("--dtype", "auto", "auto: bfloat16 where the device is made for it", choices=["auto", "float32", "bfloat16"])
+    p.section = p.add_argument_group("output")
     p.add("--out", "samples.png", "the picture to write")
     p.add("--save", None, "write a file a picture into this folder instead: generated/, or real/ and reconstructed/")
     p.add("--num", None, "pictures for --save to generate (default: --per-class of each)", type=whole(1))
-    p.add("--labels", "equal", "classes or prompts for --save: in turn, or random", choices=["equal", "random"])
     p.add("--batch", 50, "pictures at once for --save", type=whole(1))
     p.add("--clip", None, "CLIP file, to print the CLIP score of --save's pictures and their prompts")
     p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
+    p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see README", choices=["exact"])
     args = p.parse_args()
     if bool(args.clip) != bool(args.bpe) or args.clip and not (args.save and (args.prompt or args.prompts)):
         raise UserError("--clip scores pictures against their prompts: give --bpe, --save and --prompts too")
-    if (args.num or args.labels == "random") and (args.reconstruct or not args.save):
-        raise UserError("--num and --labels are for pictures that are generated with --save; leave them out")
+    if args.num and (args.reconstruct or not args.save):
+        raise UserError("--num is for pictures that are generated with --save; leave it out")
     if args.save and (args.interpolate or args.export):
         raise UserError("--save does not go together with --interpolate or --export; leave it out")
     if args.cfg_interval[0] > args.cfg_interval[1]:
@@ -346,12 +355,16 @@ def options():
 def main():
     """The command line: load, then export, write files, or draw one picture. Raises UserError."""
     args = options()
-    ranks = Ranks(args.device)
+    ranks = Ranks(args.device, args.dtype)
     model = RepTok.load(args.ckpt, ranks.device)
     if args.export:
         return save_checkpoint(Path(args.export), {**model.content(), "data": None})
-    if args.save:
-        return save_reconstructed(model, args, ranks) if args.reconstruct else save_generated(model, args, ranks)
+    action = draw if not args.save else save_reconstructed if args.reconstruct else save_generated
+    with ranks.autocast():
+        action(model, args, ranks)
+
+def draw(model, args, _):
+    """The picture of --interpolate, --reconstruct or, without them, of what is generated. Raises UserError."""
     if args.interpolate:
         images = to_float(read_pictures(places_of(args.interpolate), model.pixels))                       # (2,3,S,S)
         z = model.encode(images)                                                                          # (2,K,D)
@@ -374,10 +387,9 @@ def places_of(sources):
     """Picture files, folders or .tar -> the places of their pictures, see fid.read_bytes. Raises UserError."""
     places = []
     for source in sources:
-        if Path(source).is_dir() or source.endswith(".tar"):
-            places += [place for name, place in fid.files(source).items() if name.lower().endswith(fid.SUFFIXES)]
-        else:
-            places.append((source,))
+        many = Path(source).is_dir() or source.endswith(".tar")
+        found = fid.files(source).items() if many else [(fid.SUFFIXES[0], (source,))]
+        places += [place for name, place in found if name.lower().endswith(fid.SUFFIXES)]
     if not places:
         raise UserError(f"{' '.join(sources)}: no pictures in it; expected {', '.join(fid.SUFFIXES)} files")
     return places
@@ -423,15 +435,11 @@ def class_numbers(model, wanted, most):
     count = model.mixer.classes
     if wanted is None:
         return list(range(count))[:most] or [0]  # a checkpoint without classes gives one row
-    numbers = []
+    number = {name: i for i, name in [*enumerate(map(str, range(count))), *enumerate(model.classes)]}
     for name in wanted:
-        if name in model.classes:
-            numbers.append(model.classes.index(name))
-        elif name.isdecimal() and int(name) < count:
-            numbers.append(int(name))
-        else:
+        if name not in number:
             raise UserError(f"--classes {name}: no such class; 0 to {count - 1} are: {' '.join(model.classes[:10])}")
-    return numbers
+    return [number[name] for name in wanted]
 
 def generate_images(model, wanted, seeds, args):
     """Class numbers, prompts or features, one a picture -> images (B,3,S,S) in [-1,1], each from its own seed."""
@@ -475,34 +483,32 @@ def save_generated(model, args, ranks):
     """--num pictures to generated/; with --clip the CLIP score is printed. Raises UserError."""
     asked = requests(model, args)
     count = args.num or args.per_class * len(asked)
-    which = torch.arange(count) % len(asked)
-    if args.labels == "random":
-        which = torch.randint(len(asked), (count,), generator=torch.Generator().manual_seed(args.seed))
-    score = ClipScore(args.clip, args.bpe, model.device) if args.clip else None
+    score = ClipScore(ranks.fetch(args.clip), args.bpe, args.gelu).to(model.device) if args.clip else None
     total = torch.zeros(2, dtype=torch.float64)  # sum of the cosines, and how many
     for numbers in my_share(count, ranks, args):
-        wanted = [asked[which[i]] for i in numbers]
+        wanted = [asked[i % len(asked)] for i in numbers]  # each equally often
         images = fid.to_uint8(generate_images(model, wanted, [args.seed + i for i in numbers], args))
         save_files(Path(args.save, "generated"), numbers, images)
         if score:
-            total += torch.tensor([score(to_float(images), wanted).sum().item(), len(numbers)], dtype=torch.float64)
+            with torch.autocast(model.device.type, enabled=False):  # scores are taken in float32
+                total += torch.tensor([score(to_float(images), wanted).sum(), len(numbers)], dtype=torch.float64)
     cosines, count = ranks.sum(total).tolist()
     if score and ranks.main:
         cosine = cosines / count
         print(f"CLIP score {100 * cosine:.4f} (100 cos), CLIPScore {2.5 * max(cosine, 0):.4f}, {count:.0f} pictures")
 
-class ClipScore:
+class ClipScore(nn.Module):
     """Cosine of CLIP's embeddings of picture and caption (Hessel 2021)."""
-    def __init__(self, path, vocabulary, device):
-        path = tok.weight_file(path)
+    def __init__(self, path, vocabulary, gelu=None):
+        super().__init__()
         tensors = tok.read_tensors(path)
-        self.image = Tokenizer(tok.vit_from(tensors, path)).to(device)  # it normalises as CLIP wants it
-        self.text = ClipText(tok.load_text_encoder(path), vocabulary).to(device)
+        self.image = Tokenizer(tok.vit_from(tensors, path, gelu))  # it normalises as CLIP wants it
+        self.text = ClipText(tok.load_text_encoder(path, gelu), vocabulary)
         projection = tensors["visual.proj"] if "visual.proj" in tensors else tensors["visual_projection.weight"].T
-        self.projection = projection.float().to(device)
+        self.register_buffer("projection", projection.float())
 
     @torch.no_grad()
-    def __call__(self, images, captions):
+    def forward(self, images, captions):
         """Images (B,3,H,W) in [-1,1], B strings -> cosine (B,)."""
         size = (self.image.vit.pixels,) * 2
         images = nn.functional.interpolate(images.to(self.projection), size, mode="bicubic", antialias=True)
@@ -518,18 +524,14 @@ DECODER = [
     (r"^backbone\.mid_merge\.proj", "merge"), (r"^backbone\.mid_split\.post_proj\.norm", "norm_out"),
     (r"^backbone\.mid_split\.post_proj\.proj", "patch_out"),
     (r"^backbone\.mid_level\.0\.self_attn\.pos_emb\.freqs", "freqs"),  # the same in every block
-    (r"^backbone\.mid_level\.(\d+)\.self_attn\.norm", r"blocks.\1.norm1"),
-    (r"^backbone\.mid_level\.(\d+)\.self_attn\.", r"blocks.\1.attn."),
-    (r"^backbone\.mid_level\.(\d+)\.ff\.norm", r"blocks.\1.norm2"),
-    (r"^backbone\.mid_level\.(\d+)\.ff\.", r"blocks.\1.ff.")]
+    (r"^backbone\.mid_level\.(\d+)\.", r"blocks.\1."), (r"\.self_attn\.norm", ".norm1"), (r"\.ff\.norm", ".norm2"),
+    (r"\.self_attn\.", ".attn.")]
 DECODER_UNUSED = r"^ae\.|dino\.(model|target_model)\.|new_reg|\.[1-9]\d*\.self_attn\.pos_emb"
 MIXER = [
     (r"^t_embedder\.", "time."), (r"^label_embedder\.embedding_table\.", "label."),
-    (r"^mixer\.0\.(weight|bias)", r"proj_in.\1"),
-    (r"^mixer\.(\d+)\.0\.norm\.", r"layers.\1.norm1."), (r"^mixer\.(\d+)\.1\.norm\.", r"layers.\1.norm2."),
-    (r"^mixer\.(\d+)\.0\.fn\.0\.", r"layers.\1.tokens.up."), (r"^mixer\.(\d+)\.0\.fn\.3\.", r"layers.\1.tokens.down."),
-    (r"^mixer\.(\d+)\.1\.fn\.0\.", r"layers.\1.channels.up."),
-    (r"^mixer\.(\d+)\.1\.fn\.3\.", r"layers.\1.channels.down.")]
+    (r"^mixer\.0\.(weight|bias)", r"proj_in.\1"), (r"^mixer\.(\d+)\.(?=[01]\.)", r"layers.\1."),
+    (r"\.0\.norm\.", ".norm1."), (r"\.1\.norm\.", ".norm2."), (r"\.0\.fn", ".tokens"), (r"\.1\.fn", ".channels"),
+    (r"(tokens|channels)\.0\.", r"\1.up."), (r"(tokens|channels)\.3\.", r"\1.down.")]
 
 def released(content, path):
     """The authors' checkpoint as a RepTok: widths and depths are counted from the stored shapes. Raises UserError."""
@@ -587,8 +589,7 @@ def under(tensors, prefix):
     return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 def scale_factors(node, first_stage=False):
-    """Yields (whether it is the first stage's, number) for each `scale_factor` in nested settings: plain containers, or
-    OmegaConf nodes, which keep a leaf's value in `_val`."""
+    """Yields (whether it is the first stage's, number) for each `scale_factor` in containers or OmegaConf's nodes."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         leaf = value.get("_val") if isinstance(value, dict) else value
         if key == "scale_factor" and isinstance(leaf, (int, float)):

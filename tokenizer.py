@@ -80,18 +80,15 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """The vision transformer (Dosovitskiy 2021) of DINOv2 (Oquab, Darcet 2023), MAE and CLIP; DINOv2's tensor names.
-
     forward: normalised images (B,3,H,W), H and W multiples of `patch` -> (B,1+R+N,D): class token, registers, patches.
     `pixels`, `mean`, `std`: the size and the statistics of images that it expects; Tokenizer applies them. `position`:
-    how the grid x grid position embedding is resized, "offset" (DINOv2 without registers) or "size" (all others).
-    """
+    how the grid x grid position embedding is resized, "offset" (DINOv2 without registers) or "size" (all others)."""
     def __init__(self, width=128, depth=3, heads=4, hidden=None, patch=4, grid=4, registers=0, layer_scale=False,
                  pre_norm=False, quick_gelu=False, patch_bias=True, eps=1e-6, position="size", pixels=16,
                  mean=(0.5,) * 3, std=(0.5,) * 3):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.patch = patch
-        self.grid = grid
         self.pixels = pixels
         self.checkpointing = False
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch, bias=patch_bias)})
@@ -102,7 +99,6 @@ class ViT(nn.Module):
         hidden = hidden or 4 * width
         self.blocks = nn.ModuleList(Block(width, heads, hidden, eps, layer_scale, quick_gelu) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps)
-        self._resized = {}  # (h, w, version of pos_embed) -> its last resized position embedding
         # std .5, not the usual .02: from smaller values the few steps of `pretrain` learn nothing
         for p in (self.cls_token, self.register_tokens, self.pos_embed):
             nn.init.normal_(p, std=0.5)
@@ -112,25 +108,16 @@ class ViT(nn.Module):
         return torch.cat([self.cls_token, self.register_tokens], 1)
 
     def patch_positions(self, h, w):
-        """Position embedding of an h x w grid of patches, (1,h*w,D). While frozen, the last size is kept."""
-        n = self.grid
+        """Position embedding of an h x w grid of patches, (1,h*w,D)."""
+        n = self.config["grid"]
         if h == w == n:
             return self.pos_embed[:, 1:]
-        trained = self.pos_embed.requires_grad and torch.is_grad_enabled()
-        keep = not (trained or torch.compiler.is_compiling())  # torch.compile cannot trace the version of a tensor
-        key = (h, w, self.pos_embed.data_ptr(), self.pos_embed._version) if keep else None
-        if keep and key in self._resized:
-            return self._resized[key]
-        # on the CPU in float32, so that every device and dtype gets the same values
-        pos = self.pos_embed[:, 1:].float().cpu().view(1, n, n, -1).permute(0, 3, 1, 2)  # (1,D,n,n)
+        pos = self.pos_embed[:, 1:].view(1, n, n, -1).permute(0, 3, 1, 2)              # (1,D,n,n)
         if self.config["position"] == "offset":  # DINOv2 passes the scale (h+.1)/n, not the size
             pos = F.interpolate(pos, scale_factor=((h + 0.1) / n, (w + 0.1) / n), mode="bicubic")
         else:
             pos = F.interpolate(pos, size=(h, w), mode="bicubic", antialias=True)
-        pos = pos.flatten(2).mT.to(self.pos_embed)                                     # (1,h*w,D)
-        if keep:
-            self._resized = {key: pos}
-        return pos
+        return pos.flatten(2).mT                                                       # (1,h*w,D)
 
     def forward(self, x, prefix=None):
         B, _, H, W = x.shape
@@ -158,11 +145,9 @@ def resize(x, size):
 
 class Tokenizer(nn.Module):
     """RepTok's encoder: the frozen ViT; the input embedding of the K tokens that are read out is trained.
-
     token:    "cls" (the class token, K=1, as in the paper), "reg" (register number `reg_index`, K=1) or "all" (K=1+R).
     unfreeze: "token" (as in the paper), "none" (no training) or "all" (all, except embeddings of tokens not read).
-    Raises UserError where `token` needs registers that the ViT does not have.
-    """
+    Raises UserError where `token` needs registers that the ViT does not have."""
     def __init__(self, vit, token="cls", reg_index=0, unfreeze="token"):
         super().__init__()
         registers = vit.register_tokens.shape[1]
@@ -224,26 +209,23 @@ def contrastive_loss(a, b, temperature=0.1):
     logits = (x @ x.T / temperature).fill_diagonal_(float("-inf"))                     # (2B,2B)
     return F.cross_entropy(logits, torch.arange(2 * len(a), device=x.device).roll(len(a)))
 
-def pretrain(vit, batches, steps, seed=0, lr=1e-3, classes=0):
+def pretrain(vit, batches, steps, seed=0, lr=1e-3):
     """Train `vit` without labels so that two views of one image get one token; yields the loss of every step.
-
-    batches: an iterable of (images (B,3,H,W) in [-1,1], labels (B,), ...), one a step. steps: length of the schedule.
-    With `classes` > 0 it is trained to tell the labels instead. Deterministic in (weights, batches, seed).
-    """
+    batches: (images (B,3,H,W) in [-1,1], ...), one a step of `steps`. Deterministic in (weights, batches, seed)."""
     D = vit.pos_embed.shape[-1]
     device = vit.pos_embed.device
-    head = nn.Sequential(nn.Linear(D, 2 * D), nn.BatchNorm1d(2 * D), nn.ReLU(), nn.Linear(2 * D, classes or D // 2))
+    head = nn.Sequential(nn.Linear(D, 2 * D), nn.BatchNorm1d(2 * D), nn.ReLU(), nn.Linear(2 * D, D // 2))
     parameters = [*vit.requires_grad_(True).parameters(), *head.to(device).parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)
     generator = torch.Generator(device).manual_seed(seed)
     mean, std = (torch.tensor(vit.config[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
-    for step, (images, labels, *_) in enumerate(batches):
+    for step, (images, *_) in enumerate(batches):
         rate = min(1, (step + 1) / 50, 0.05 + 1.9 * (1 - step / steps))  # 50 steps up, 1 for a half, down to .05
         optimizer.param_groups[0]["lr"] = lr * rate
         images = resize(images, vit.pixels)
         x = torch.cat([augment(images, generator), augment(images, generator)])        # (2B,3,pixels,pixels)
         scores = head(vit(((x + 1) / 2 - mean) / std)[:, 0])                           # (2B,E), from the class token
-        loss = F.cross_entropy(scores, labels.repeat(2)) if classes else contrastive_loss(*scores.chunk(2))
+        loss = contrastive_loss(*scores.chunk(2))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -361,9 +343,8 @@ HF_VIT = [(r"^((vit|dinov2|dinov2_with_registers)\.)?(embeddings\.)?", ""), (r"^
           (r"intermediate\.dense", "mlp.fc1"), (r"(blocks\.\d+)\.output\.dense", r"\1.mlp.fc2")]
 CLIP_BLOCK = [  # of OpenAI and of Hugging Face
     (r"(transformer\.resblocks|encoder\.layers)\.", "blocks."), (r"\.(ln_|layer_norm)([12])\.", r".norm\2."),
-    (r"attn\.in_proj_", "attn.qkv."), (r"self_attn\.(q|k|v)_proj\.", r"attn.\1."),
-    (r"(self_)?attn\.out_proj", "attn.proj"),
-    (r"mlp\.c_fc", "mlp.fc1"), (r"mlp\.c_proj", "mlp.fc2")]
+    (r"attn\.in_proj_", "attn.qkv."), (r"self_attn\.(q|k|v)_proj\.", r"attn.\1."), (r"mlp\.c_fc", "mlp.fc1"),
+    (r"(self_)?attn\.out_proj", "attn.proj"), (r"mlp\.c_proj", "mlp.fc2")]
 CLIP_IMAGE = [(r"^(visual|vision_model)\.(embeddings\.)?", ""), (r"^(conv1|patch_embedding)\.", "patch_embed.proj."),
               (r"^class_embedding", "cls_token"), (r"^position(al_embedding|_embedding\.weight)", "pos_embed"),
               (r"^(ln_pre|pre_layrnorm)\.", "norm_pre."), (r"^(ln_post|post_layernorm)\.", "norm."), *CLIP_BLOCK]
@@ -388,8 +369,9 @@ def heads_of(width):
         raise ValueError(f"heads of 64 or 32 in tokens {width} wide")
     return heads
 
-def vit_from(tensors, path):
-    """A frozen ViT of the shapes found in `tensors`, named as by DINOv2 or as in a table above. Raises UserError."""
+def vit_from(tensors, path, gelu=None):
+    """A frozen ViT of the shapes found in `tensors`, named as by DINOv2 or as in a table above. Raises UserError.
+    gelu="exact": of CLIP files that were not trained with OpenAI's QuickGELU; names and shapes do not tell them."""
     what = "an image encoder (DINOv2, MAE or CLIP)"
     clip = "visual.class_embedding" in tensors or "vision_model.embeddings.class_embedding" in tensors
     tensors = {k: v for k, v in tensors.items() if not clip or k.startswith(("visual.", "vision_model."))}
@@ -409,8 +391,9 @@ def vit_from(tensors, path):
         mean, std = CLIP if clip else IMAGENET
         with torch.device("meta"):  # no memory yet
             vit = ViT(width, depth, heads_of(width), hidden, patch, grid, registers, layer_scale=dino, pre_norm=clip,
-                      quick_gelu=clip, patch_bias=not clip, eps=1e-5 if clip else 1e-6, mean=mean, std=std,
-                      position="offset" if dino and not registers else "size", pixels=(16 if dino else grid) * patch)
+                      quick_gelu=clip and gelu != "exact", patch_bias=not clip, eps=1e-5 if clip else 1e-6, mean=mean,
+                      std=std, pixels=patch * (16 if dino else grid),
+                      position="offset" if dino and not registers else "size")
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"{path}: not {what}; missing or misshapen: {e}; it holds {', '.join(tensors)[:200]}") from None
     return fit(vit, tensors, path, what).requires_grad_(False)
@@ -438,12 +421,12 @@ def weight_file(name_or_path):
             raise UserError(f"{name_or_path}: not loaded ({e}); put {url} into {path.parent}, or give a path") from None
     return path
 
-def load_encoder(path):
-    """A published ViT by path or name: DINOv2, MAE, or CLIP's image tower up to ln_post. Raises UserError."""
+def load_encoder(path, gelu=None):
+    """A frozen ViT by path or name: DINOv2, MAE, or CLIP's image tower; gelu as in vit_from. Raises UserError."""
     path = weight_file(path)
     content = read_file(path)
     if content.get("kind") != "encoder":
-        return vit_from(read_tensors(path), path)
+        return vit_from(read_tensors(path), path, gelu)
     with torch.device("meta"):  # OUT/encoder.pt of train_stage1.py, which stores the arguments of its ViT
         vit = ViT(**content["config"])
     return fit(vit, content["state"], path, "an encoder").requires_grad_(False)
@@ -455,10 +438,8 @@ PIECES = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|[^
 
 class BPE:
     """CLIP's tokenizer: BPE(vocabulary)(captions) -> ids (B,77), int64: start, the caption, end, zeros.
-
     vocabulary: the path or the bytes of bpe_simple_vocab_16e6.txt.gz (https://github.com/openai/CLIP/tree/main/clip).
-    A longer caption is cut and keeps its end; `len(bpe.encode(s)) > bpe.context` tells. Raises UserError.
-    """
+    A longer caption is cut and keeps its end; `len(bpe.encode(s)) > bpe.context` tells. Raises UserError."""
     context = 77
 
     def __init__(self, vocabulary):
@@ -513,14 +494,14 @@ class BPE:
         return torch.tensor(rows, dtype=torch.long).view(-1, self.context)
 
 class TextTower(nn.Module):
-    """CLIP's causal text transformer: QuickGELU, LayerNorm eps 1e-5; ids (B,L), L <= context -> features (B,L,C)."""
-    def __init__(self, vocabulary, context, width, depth, out):
+    """CLIP's causal text transformer, LayerNorm eps 1e-5; ids (B,L), L <= context -> features (B,L,C)."""
+    def __init__(self, vocabulary, context, width, depth, out, quick_gelu=True):
         super().__init__()
-        self.config = {"vocabulary": vocabulary, "context": context, "width": width, "depth": depth, "out": out}
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.zeros(context, width))
         heads = heads_of(width)
-        self.blocks = nn.ModuleList(Block(width, heads, 4 * width, 1e-5, quick_gelu=True) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, 4 * width, 1e-5, quick_gelu=quick_gelu) for _ in range(depth))
         self.ln_final = nn.LayerNorm(width, 1e-5)
         self.text_projection = nn.Parameter(torch.zeros(width, out))
 
@@ -539,8 +520,8 @@ CLIP_TEXT = [(r"^text_model\.embeddings\.position_embedding\.weight$", "position
              (r"^text_model\.(embeddings\.)?", ""), (r"^final_layer_norm\.", "ln_final."), *CLIP_BLOCK]
 TEXT = r"^(text_model|transformer|token_emb|positional_emb|ln_final|text_projection).*(?<!position_ids)(?<!attn_mask)$"
 
-def load_text_encoder(path):
-    """CLIP's text tower, frozen, by path or name, in OpenAI's or Hugging Face's layout. Raises UserError."""
+def load_text_encoder(path, gelu=None):
+    """CLIP's frozen text tower by path or name, OpenAI's or Hugging Face's; gelu as in vit_from. Raises UserError."""
     path = weight_file(path)
     tensors = {k: v for k, v in read_tensors(path).items() if re.search(TEXT, k)}
     try:
@@ -551,7 +532,7 @@ def load_text_encoder(path):
         context = len(tensors["positional_embedding"])
         depth = len({k.split(".")[1] for k in tensors if k.startswith("blocks.")})
         with torch.device("meta"):  # no memory yet
-            tower = TextTower(vocabulary, context, width, depth, out=tensors["text_projection"].shape[1])
+            tower = TextTower(vocabulary, context, width, depth, tensors["text_projection"].shape[1], gelu != "exact")
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"{path}: not a CLIP text tower; missing or misshapen: {e}") from None
     return fit(tower, tensors, path, "a CLIP text tower").requires_grad_(False).eval()

@@ -33,7 +33,7 @@ import decoder as dec
 import fid
 import sample
 import tokenizer as tok
-from sample import Ranks, RepTok, autocast, load_checkpoint, number, save_checkpoint, to_float, whole
+from sample import Ranks, RepTok, load_checkpoint, number, save_checkpoint, to_float, whole
 from tokenizer import Tokenizer, UserError, ViT, cosine_loss
 
 # The networks of each size. All but nano work on 256 pixels, in SD-VAE latents, with a published encoder.
@@ -44,8 +44,10 @@ SIZES = {"nano": {"decoder": dict(width=128, depth=4, heads=4, patch=4, mapping=
          "L": {"decoder": dict(width=1024, depth=24, heads=16), "mixer": dict(hidden=1024, depth=24)},
          "XL": {"decoder": dict(width=1152, depth=28, heads=16), "mixer": dict(hidden=1280, depth=28)}}
 # Steps and batch are the paper's; what it leaves open is ours.
-PAPER = dict(pixels=256, steps=10**6, batch=512, lr=1e-4, warmup=2000, decay=False, ema=0.9999, t_mean=0, cache=False)
-NANO = dict(pixels=16, steps=1200, batch=96, lr=3e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3, cache=True)
+PAPER = dict(pixels=256, steps=10**6, batch=512, lr=1e-4, warmup=2000, decay=False, ema=0.9999, t_mean=0, cache=False,
+             save_every=10_000)
+NANO = dict(pixels=16, steps=1200, batch=96, lr=3e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3, cache=True,
+            save_every=500)
 
 def main():
     """Stage 1 from the command line: check, build or restore, then the loop. Raises UserError."""
@@ -54,11 +56,11 @@ def main():
     fill_defaults(args, PAPER, NANO, initial)  # by --size
     if args.write_data:
         return write_data(args.write_data, args.num, args.seed, args.pixels)
-    ranks = Ranks(args.device, args)  # the processes of torchrun, or this one alone
+    ranks = Ranks(args.device, args.dtype, args.batch, args.accumulate)  # the processes of torchrun, or this one alone
     device = ranks.device
     out = Path(args.out, "stage1.pt")
     out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = Pictures(args.data, args.pixels, args.seed)
+    pictures = Pictures(args.data, args.pixels, args.seed, ranks=ranks)
     saved = checkpoint_to_resume(out, args, pictures.fingerprint)  # or None; ends the program if the run is finished
     model = RepTok.from_checkpoint(saved, out, averaged=False) if saved else (initial or build(args, pictures, ranks))
     tokenizer, decoder, vae = (network.to(device) for network in (model.tokenizer, model.decoder, model.vae))
@@ -92,7 +94,7 @@ def main():
         for n, (x, indices, mirror, t, noise, vae_noise) in enumerate(pieces, 1):
             for network in (encode, velocity):
                 network.require_backward_grad_sync = n == args.accumulate  # DDP, if any, averages after the last piece
-            with autocast(device, args.dtype):
+            with ranks.autocast():
                 mean, logvar, z0 = run_frozen(x, indices, mirror)  # VAE posterior, original tokens; perhaps cached
                 latents = vae.sample(mean, logvar, vae_noise)                                             # (b,C,h,w)
                 z = encode(x)                                                                             # (b,K,D)
@@ -118,9 +120,9 @@ def main():
         if save or (step + 1) % args.log_every == 0:
             loss, flow, cosine = ranks.sum(means / ranks.world).tolist()
             log.write(step + 1, loss=loss, flow=flow, cosine=cosine, norm=norm.item(), lr=rate)  # raises on NaN
-        if save and ranks.main:
+        if save and ranks.main and log.due(end):
             save_run(out, step + 1, args, model, pictures.fingerprint, optimizer, ema)
-            with ema.applied(), torch.no_grad(), autocast(device, args.dtype):
+            with ema.applied(), torch.no_grad(), ranks.autocast():
                 shown = to_float(torch.stack([pictures[i][0] for i in range(min(10, len(pictures)))]))
                 sample.save_grid(out.with_suffix(".png"), [shown, model.decode(model.encode(shown), steps=20)])
         if end:
@@ -149,15 +151,14 @@ def frozen_networks(args, tokenizer, vae, pictures, ranks):
 def build(args, pictures, ranks):
     """New networks for this run, on the CPU. Raises UserError."""
     if args.size != "nano" and not (args.vae and args.encoder):
-        raise UserError(f"--size {args.size}: give --encoder dinov2_vitb14_reg, which downloads it, and --vae with "
-                        f"diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-mse (addresses: README)")
+        raise UserError(f"--size {args.size}: give --encoder dinov2_vitb14_reg and --vae FILE; README, Weights")
     vae = dec.load_vae(args.vae) if args.vae else dec.PixelSpace()
     if args.pixels % vae.factor:
         raise UserError(f"--pixels {args.pixels} is not a multiple of the VAE's {vae.factor}")
     shape = dict(SIZES[args.size]["decoder"], channels=vae.channels, size=args.pixels // vae.factor)
     dec.Decoder(**{**shape, "depth": 0})  # refuses sizes that do not divide, before anything takes time
     path = args.encoder or pretrained(args, pictures, ranks)
-    vit = new_vit(args) if path == "random" else tok.load_encoder(path)
+    vit = new_vit(args) if path == "random" else tok.load_encoder(ranks.fetch(path), args.gelu)
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer(vit, args.token, args.reg_index, args.unfreeze)
     decoder = dec.Decoder(**shape, token_dim=tokenizer.width, K=tokenizer.K)
@@ -168,27 +169,22 @@ def new_vit(args):
     torch.manual_seed(args.seed)
     if args.size == "nano":
         return ViT(pixels=args.pixels, grid=args.pixels // 4, hidden=256, registers=args.registers)
-    mean, std = tok.IMAGENET
-    return ViT(768, 12, 12, 3072, 14, 37, registers=4, layer_scale=True, pixels=224, mean=mean, std=std)
+    return ViT(768, 12, 12, 3072, 14, 37, 4, True, pixels=224, mean=tok.IMAGENET[0], std=tok.IMAGENET[1])
 
 def pretrained(args, pictures, ranks):
     """Nano's own encoder: a small ViT trained on the pictures themselves. Returns the path of OUT/encoder.pt."""
     path = Path(args.out, "encoder.pt")
-    names = ("seed", "pretrain", "pretrain_steps", "registers", "pixels")
+    names = ("seed", "pretrain_steps", "registers", "pixels")
     settings = {"data": pictures.fingerprint, **{name: getattr(args, name) for name in names}}
-    if args.pretrain == "labels" and not pictures.classes:
-        raise UserError("--pretrain labels needs pictures in class folders; use --pretrain self")
     if path.exists() and not args.fresh:
         refuse_changes(path, load_checkpoint(path, ["encoder"])["settings"], settings)
     elif ranks.main:
-        print(f"No encoder given: a small ViT is trained on the pictures first (--pretrain {args.pretrain})")
+        print("No encoder given: a small ViT is trained on the pictures first, without labels")
         vit = new_vit(args).to(ranks.device)
         alone = argparse.Namespace(rank=0, world=1)
         plan = argparse.Namespace(batch=min(128, len(pictures)), steps=args.pretrain_steps, seed=args.seed + 1)
         batches = load_batches(pictures, picture_order(len(pictures), plan, alone), ranks.device, args.workers)
-        classes = len(pictures.classes) if args.pretrain == "labels" else 0
-        losses = tok.pretrain(vit, batches, plan.steps, args.seed, classes=classes)
-        bar = tqdm(losses, "encoder", plan.steps, dynamic_ncols=True)
+        bar = tqdm(tok.pretrain(vit, batches, plan.steps, args.seed), "encoder", plan.steps, dynamic_ncols=True)
         for step, loss in enumerate(bar):
             if step % 20 == 0:
                 bar.set_postfix_str(f"loss {loss.item():.3f}")
@@ -208,9 +204,10 @@ def write_data(folder, count, seed, pixels):
 def options():
     """The command line of stage 1."""
     p = sample.Parser(__doc__)
-    common_options(p, 500)
-    p.group("stage 1")
+    common_options(p)
+    p.section = p.add_argument_group("stage 1")
     p.add("--encoder", None, "DINOv2, MAE or CLIP file or name, encoder.pt, or 'random'; default: nano trains its own")
+    p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see README", choices=["exact"])
     p.add("--vae", None, "SD VAE file; default: nano works on pixels")
     p.add("--init", None, "checkpoint (ours or the authors') to fine-tune from")
     p.add("--pixels", None, "side of the pictures (default: 16 for nano, else 256)", type=whole(1))
@@ -220,11 +217,9 @@ def options():
     p.add("--token", "cls", "read class token, one register, or all (K = 1 + registers)", choices=["cls", "reg", "all"])
     p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
     p.add("--t-mean", None, "t = sigmoid(N(this,1)); negative values favour noise", type=number(-10, 10))
-    p.add("--pretrain", "self", "train nano's own encoder without labels, or by them", choices=["self", "labels"])
     p.add("--pretrain-steps", 1600, "steps of nano's own encoder, 128 pictures each", type=whole(1))
     p.add("--registers", 4, "register tokens of nano's own encoder", type=whole(0))
-    p.add("--cache", None, "keep VAE posteriors and original tokens in a float16 file (default: nano only)",
-          action=argparse.BooleanOptionalAction)
+    p.add("--cache", None, "keep what frozen networks give in a file (nano)", action=argparse.BooleanOptionalAction)
     p.add("--checkpointing", False, "recompute activations: less memory, more time", action="store_true")
     p.add("--write-data", None, "write --num pictures of the default data to this folder, and exit")
     p.add("--num", 2000, "how many pictures --write-data writes", type=whole(1))
@@ -232,10 +227,10 @@ def options():
     own = args.encoder in (None, "random") and args.size in (None, "nano")
     for condition, why, names in (
             (args.init, "--init takes its networks from the checkpoint",
-             "encoder vae pixels unfreeze token reg_index pretrain pretrain_steps registers"),
-            (args.encoder == "random", "a random encoder is trained whole, with lambda 0",
-             "unfreeze lam pretrain pretrain_steps"),
-            (not own, "this run trains no encoder of its own", "pretrain pretrain_steps registers")):
+             "encoder vae pixels unfreeze token reg_index pretrain_steps registers"),
+            (args.encoder == "random", "all of a random encoder is trained, lambda 0", "unfreeze lam pretrain_steps"),
+            (not args.encoder, "--gelu belongs to a CLIP file, --encoder", "gelu"),
+            (not own, "this run trains no encoder of its own", "pretrain_steps registers")):
         for name in names.split():
             if condition and getattr(args, name) != p.get_default(name):
                 raise UserError(f"--{name.replace('_', '-')}: {why}; leave the option out")
@@ -295,19 +290,21 @@ def catch_signals():
     return asked
 
 class Log:
-    """Progress bar and OUT/NAME.jsonl, one flushed line per logged step. Between two lines it sums the loss in eight
-    equal segments of t on the device: the cheapest look into a flow model."""
+    """Progress bar and OUT/NAME.jsonl, a line per logged step, with the mean loss in eight equal segments of t."""
     def __init__(self, out, args, ranks, first, pictures, trained):
         self.args = args
         self.ranks = ranks
+        self.first = first
         self.since = (time.perf_counter(), first)
+        self.saved = time.perf_counter()
         self.segments = torch.zeros(2, 8, device=ranks.device)  # sums of losses, how many
         self.bar = tqdm(total=args.steps, initial=first, disable=not ranks.main, desc=out.stem, dynamic_ncols=True)
         if ranks.main:
             size = sum(parameter.numel() for parameter in trained.values())
             pieces = f"{ranks.world} processes x {args.accumulate} x {args.batch // ranks.world // args.accumulate}"
-            print(f"{len(pictures)} pictures, {len(pictures.classes)} classes; {size:,} trained numbers; "
-                  f"batch {args.batch} = {pieces}; steps {first} to {args.steps}")
+            print(f"{out.stem}: size {args.size}, {len(pictures)} pictures at {args.pixels}x{args.pixels} pixels, "
+                  f"{len(pictures.classes)} classes; {size:,} trained numbers; {ranks.dtype} on {ranks.device}; batch "
+                  f"{args.batch} = {pieces}; steps {first} to {args.steps} (for other: --size, --pixels, --steps)")
             path = out.with_suffix(".jsonl")
             lines = path.read_text().splitlines() if first and path.exists() else []
             self.file = open(path, "w", buffering=1)  # a line is out as soon as it is written
@@ -320,8 +317,7 @@ class Log:
         self.segments.index_add_(1, (t * 8).long().clamp(max=7), torch.stack([loss, torch.ones_like(t)]))
 
     def write(self, step, **values):
-        """`values` go into the file as they are. Raises UserError if `loss` or `norm` is NaN or infinite. Weights
-        never recover from that, so it is found at the latest when they are about to be saved."""
+        """A line of `values`. Raises UserError if `loss` or `norm` is not finite: weights never recover from that."""
         if not math.isfinite(values["loss"] + values["norm"]):
             raise UserError(f"the loss is not finite at step {step}; the last checkpoint is good; try a smaller --lr")
         bins = [round(total / n, 5) if n else None for total, n in zip(*self.ranks.sum(self.segments).tolist())]
@@ -330,9 +326,18 @@ class Log:
         self.since = (time.perf_counter(), step)
         seconds = (self.since[0] - then) / max(1, step - before)
         rate = round(self.args.batch / seconds, 1)
+        if step >= self.first + 50 > before:
+            left = tqdm.format_interval(seconds * (self.args.steps - step))
+            self.bar.write(f"{rate} images/s: {left} to go; for less, --steps or --size")
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {1e3 * seconds:.0f} ms, {rate:.0f} images/s", False)
         if self.ranks.main:
             print(json.dumps({"step": step, **values, "bins": bins, "images_per_second": rate}), file=self.file)
+
+    def due(self, end):
+        """Whether to write a checkpoint now: where --save-every is left open above nano, at most one an hour."""
+        early = time.perf_counter() < self.saved + 3600 and self.args.hourly and self.args.size != "nano"
+        self.saved = self.saved if early else time.perf_counter()
+        return end or not early
 
     def close(self, out, step):
         """The last line on the terminal, when all processes are done."""
@@ -345,10 +350,10 @@ class Log:
 def save_run(path, step, args, model, digest, optimizer, ema):
     """A checkpoint from which the run can go on."""
     save_checkpoint(path, {**model.content(), "step": step, "settings": {**vars(args), "data": digest},
-                           "ema": ema.average, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()})
+                           "ema": ema.average, "optimizer": optimizer.state_dict()})
 
 # Settings that may change when a run is resumed. None changes a loss, except --steps at nano, whose schedule it sets.
-FREE = {"out", "steps", "log_every", "save_every", "device", "workers", "fresh", "accumulate", "compile",
+FREE = {"out", "steps", "log_every", "save_every", "hourly", "device", "workers", "fresh", "accumulate", "compile",
         "checkpointing", "write_data", "num", "stage1"}
 
 def checkpoint_to_resume(path, args, digest):
@@ -375,10 +380,9 @@ def refuse_changes(path, then, now):
             raise UserError(f"--{name.replace('_', '-')} is {how} in {path}; use the same, another --out, or --fresh")
 
 def restore(content, optimizer, ema):
-    """Optimizer, averages and random state of a checkpoint; returns the step that comes next."""
+    """Optimizer and averages of a checkpoint; returns the step that comes next."""
     optimizer.load_state_dict(content["optimizer"])
     torch._foreach_copy_(list(ema.average.values()), [content["ema"][name] for name in ema.average])
-    torch.set_rng_state(content["rng"])
     return content["step"]
 
 # ---- Shared: processes, random numbers, what is computed once
@@ -401,7 +405,7 @@ def precompute(name, digest, fields, pictures, ranks, args, compute):
     compute(images (b,3,S,S)) -> float tensors (b,...), one for each of `fields`, (name, shape without b). Returns a
     memory-mapped array of N records: `index`, the picture that was really read; the fields, float16 (V,*shape), V
     views; `done`, so that a stopped pass goes on where it was. UserError where a value does not fit into float16."""
-    path = Path(args.out, f"{name}-{args.dtype}-{digest[:12]}.npy")
+    path = Path(args.out, f"{name}-{ranks.dtype}-{digest[:12]}.npy")
     N = len(pictures)
     V = 1 + args.flip
     record = np.dtype([("index", "<i4"), *((field, "<f2", (V, *shape)) for field, shape in fields), ("done", "u1")])
@@ -421,7 +425,7 @@ def precompute(name, digest, fields, pictures, ranks, args, compute):
         block = np.zeros(len(chunk), record)
         block["index"] = indices
         block["done"] = 1
-        with autocast(ranks.device, args.dtype):
+        with ranks.autocast():
             views = [compute(view) for view in ([images, images.flip(-1)] if args.flip else [images])]
         for (field, _), values in zip(fields, zip(*views)):
             values = torch.stack(values, 1).to(torch.float16)                                            # (b,V,...)
@@ -447,12 +451,8 @@ digit_font = functools.cache(ImageFont.load_default)  # Pillow's own, so that no
 def plan_digit(i, seed, named=False):
     """What picture i of the default data shows, a function of (i, seed) alone; `named`: its colours are of COLOURS."""
     rng = np.random.default_rng([seed, i])
-    plan = argparse.Namespace()
-    plan.digit = int(rng.integers(10))
-    plan.height = rng.uniform(0.8, 1.0)
-    plan.shift = rng.uniform(-0.08, 0.08, 2)
-    plan.stroke = int(rng.integers(4))
-    plan.turn = rng.uniform(-15, 15)
+    plan = argparse.Namespace(digit=int(rng.integers(10)), height=rng.uniform(0.8, 1.0),
+                              shift=rng.uniform(-0.08, 0.08, 2), stroke=int(rng.integers(4)), turn=rng.uniform(-15, 15))
     plan.ink = plan.ground = np.zeros(3)
     while np.abs(plan.ink - plan.ground).sum() < 250:
         plan.ink, plan.ground = rng.integers(256, size=(2, 3)).astype(float)
@@ -477,9 +477,8 @@ class Pictures(torch.utils.data.Dataset):
     """An indexed set of pictures: the default digits where `source` is None, else a folder (any tree), a .tar, or a
     folder of .tar shards. [i] -> (uint8 (3,pixels,pixels), label, index): the next readable picture stands in for one
     that cannot be read. labels (N,) long; classes: names of the top folders, sorted, [] where there are none.
-    fingerprint: SHA-256 of the names. Raises UserError where there are no pictures or only some lie in class folders.
-    """
-    def __init__(self, source, pixels, seed=0, captions=False, found=None):
+    fingerprint: SHA-256 of the names. UserError where there are no pictures or only some lie in class folders."""
+    def __init__(self, source, pixels, seed=0, captions=False, ranks=None):
         self.source = source and str(Path(source).resolve())
         self.pixels = pixels
         self.kept = {}
@@ -489,7 +488,8 @@ class Pictures(torch.utils.data.Dataset):
             tops = [str(plan.digit) for plan in self.plans]
             stamp = f"digits {seed} {DIGITS} {captions}"
         else:
-            self.found = found or fid.files(source)  # {name: place}
+            listing = functools.partial(list_files, self.source)
+            self.found = ranks.once(listing) if ranks else listing()
             self.names = [name for name in self.found if name.lower().endswith(fid.SUFFIXES)]
             if len(self.names) < 2:
                 raise UserError(f"{source}: no pictures in it, or only one; expected {', '.join(fid.SUFFIXES)} files")
@@ -525,6 +525,19 @@ class Pictures(torch.utils.data.Dataset):
                 print(f"\nskipped: {e}", file=sys.stderr)
         raise UserError(f"{self.source}: not one of its {len(self)} pictures can be read")
 
+def list_files(source):
+    """{name: place} of all files of a folder or .tar, see fid.files. Of a .jsonl, whose lines have "file", a path from
+    its folder, and "caption", a text or a list: {file: place} and {file with the suffix .txt: captions}. UserError."""
+    if not source.endswith(".jsonl"):
+        return fid.files(source)
+    found = {}
+    with fid.naming(f"{source}: expected lines of JSON with file and caption"):
+        for row in map(json.loads, filter(str.strip, Path(source).read_text(encoding="utf-8").split("\n"))):
+            captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+            found[row["file"]] = (str(Path(source).parent.joinpath(row["file"]).resolve(strict=True)),)
+            found.setdefault(row["file"].rsplit(".", 1)[0] + ".txt", []).extend(captions)
+    return found
+
 def top_folders(source, names):
     """The class folder of each picture; [] where none lies in one. Raises UserError where only some do."""
     folders = [name.rsplit(".tar/", 1)[-1].split("/")[:-1] for name in names]  # shards are no classes
@@ -550,21 +563,20 @@ def picture_order(n, args, ranks, first=0):
 def load_batches(pictures, order, device, workers=None):
     """Yields (images (b,3,S,S) in [-1,1], labels (b,), indices (b,) on the CPU) for each list of numbers in `order`."""
     gpu = device.type == "cuda"
-    if workers is None:
-        workers = 4 if gpu and not pictures.small else 0
+    workers = 4 * (gpu and not pictures.small) if workers is None else workers
     loader = torch.utils.data.DataLoader(pictures, batch_sampler=order, num_workers=workers, pin_memory=gpu)
     for images, *rest in loader:
         yield to_float(images.to(device, non_blocking=True)), *rest
 
 # ---- Shared: options
-def common_options(p, save_every):
+def common_options(p):
     """The options of both trainers."""
-    p.group("data and output")
+    p.section = p.add_argument_group("data and output")
     p.add("--data", None, "folder (sub-folders are classes), .tar, folder of .tar shards, or .jsonl; default: digits")
     p.add("--out", "out", "folder for checkpoint, log and pictures")
     p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
     p.add("--fresh", False, "start anew, over what lies in --out", action="store_true")
-    p.group("optimisation")
+    p.section = p.add_argument_group("optimisation")
     p.add("--size", None, "of the networks (default: that of the checkpoint to begin with, or nano)", choices=[*SIZES])
     p.add("--steps", None, "optimizer steps in all", type=whole(1))
     p.add("--batch", None, "pictures a step, over all GPUs and accumulation", type=whole(1))
@@ -573,18 +585,18 @@ def common_options(p, save_every):
     p.add("--ema", None, "decay of the averaged weights", type=number(0, 1))
     p.add("--clip-grad", 1.0, "largest norm of the gradient; 0 is none", type=number(0))
     p.add("--seed", 0, "seed of weights, picture order and noise", type=whole(0))
-    p.group("running")
+    p.section = p.add_argument_group("running")
     p.add("--accumulate", 1, "cut each GPU's part of the batch into this many pieces to save memory", type=whole(1))
     p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
-    p.add("--save-every", save_every, "steps between checkpoints and pictures", type=whole(1))
+    p.add("--save-every", None, "steps between saves (nano: 500, 1000; else 10,000, at most hourly)", type=whole(1))
     p.add("--device", "auto", "auto is cuda where there is one, else cpu", choices=["auto", "cpu", "cuda", "mps"])
     p.add("--dtype", "auto", "auto: bfloat16 where the device is made for it", choices=["auto", "float32", "bfloat16"])
     p.add("--workers", None, "processes that read pictures (default: 4 with a GPU, else 0)", type=whole(0))
     p.add("--compile", False, "torch.compile the networks", action="store_true")
 
 def fill_defaults(args, paper, nano, model=None):
-    """Set what the command line left open: --size, that of the checkpoint `model` where there is one, then what depends
-    on it. Raises UserError."""
+    """Set what was left open: --size (that of the checkpoint `model`), then what depends on it. Raises UserError."""
+    args.hourly = getattr(args, "save_every", None) is None
     if model:
         args.pixels = model.pixels
     if args.size is None:

@@ -23,12 +23,12 @@ import fid
 import sample
 import train_stage1 as shared
 from mixer import Mixer
-from sample import Ranks, RepTok, autocast, number, whole
+from sample import Ranks, RepTok, number, whole
 from tokenizer import ClipText, UserError, WordEncoder, load_text_encoder
 from train_stage1 import EMA, SIZES, Log, Pictures, generator
 
-PAPER = dict(steps=700_000, batch=256, lr=1e-4, warmup=2000, decay=False, ema=0.9999)
-NANO = dict(steps=1400, batch=256, lr=2e-3, warmup=100, decay=True, ema=0.995)
+PAPER = dict(steps=700_000, batch=256, lr=1e-4, warmup=2000, decay=False, ema=0.9999, save_every=10_000)
+NANO = dict(steps=1400, batch=256, lr=2e-3, warmup=100, decay=True, ema=0.995, save_every=1000)
 NANO_TEXT = {**NANO, "steps": 850}  # text triples the cost of a step
 
 def main():
@@ -36,7 +36,7 @@ def main():
     args = options()
     model = RepTok.load(args.stage1)
     shared.fill_defaults(args, PAPER, NANO_TEXT if args.captions else NANO, model)
-    ranks = Ranks(args.device, args)
+    ranks = Ranks(args.device, args.dtype, args.batch, args.accumulate)
     device = ranks.device
     model.to(device)
     out = Path(args.out, "stage2.pt")
@@ -44,25 +44,22 @@ def main():
     source, stamp = model.data or (None, None)
     if args.data is None and not stamp:
         raise UserError("--data: the checkpoint does not say which pictures it was trained on; give a folder")
-    pictures = (Captioned if args.captions else Pictures)(args.data or source, model.pixels, args.seed)
+    kind = Captioned if args.captions else Pictures
+    pictures = kind(args.data or source, model.pixels, args.seed, ranks=ranks)
     if args.data is None and source and not args.captions and pictures.fingerprint != stamp:
         raise UserError(f"--data: the pictures of stage 1, {source}, have changed; give --data")
     digest = shared.fingerprint(args, pictures, "", model.tokenizer)
     saved = shared.checkpoint_to_resume(out, args, digest)
     torch.manual_seed(args.seed)
-    text, width = text_source(args, pictures) if args.captions and not saved else (None, 0)
+    text, width = text_source(args, pictures, ranks) if args.captions and not saved else (None, 0)
     fields = [("tokens", (model.tokenizer.K, model.tokenizer.width))]
     rows = shared.precompute("tokens", digest, fields, pictures, ranks, args, lambda images: [model.tokenizer(images)])
-    tokens = torch.from_numpy(rows["tokens"].copy()).to(device)                                           # (N,V,K,D)
-    picture_of = torch.from_numpy(rows["index"].copy()).long()  # (N,): another one where one could not be read
-    labels = pictures.labels[picture_of]                                                                  # (N,)
-    N, V, K, D = tokens.shape
+    _, _, K, D = rows["tokens"].shape
     if saved:
         model = RepTok.from_checkpoint(saved, out, averaged=False).to(device)
     else:
         if not model.released:  # a released checkpoint keeps its own factor
-            model.mean = tokens.float().mean((0, 1))[None]                                                # (1,K,D)
-            model.std = tokens.float().std((0, 1))[None] + 1e-6
+            model.mean, model.std = statistics(rows["tokens"])                                            # (1,K,D)
         model.classes = pictures.classes
         model.mixer = new_mixer(args, K, D, len(model.classes), width)
         model.text = text
@@ -77,33 +74,32 @@ def main():
     first = shared.restore(saved, optimizer, ema) if saved else 0
     mixer = ranks.wrap(model.mixer, args.compile)  # the same networks, with gradients averaged over all processes
     encode_text = ranks.wrap(model.text, args.compile) if model.text else nn.Identity()  # Identity: made beforehand
+    batches = load_tokens(Batches(rows, pictures, model.text, width), args, ranks, first)
     log = Log(out, args, ranks, first, pictures, trained)
     signals = shared.catch_signals()  # a list, filled by Ctrl-C and SIGTERM
 
-    for step, indices in enumerate(shared.picture_order(N, args, ranks, first), first):
+    for step, (z, classes, *words) in enumerate(batches, first):  # z (B of this process,K,D), as the tokenizer gives it
         # Drawn for the whole batch in every process, on the CPU: the same numbers on any device.
         draw = generator(args.seed, step, "cpu", stream=1)
-        t, drop, view, choice = (torch.rand(args.batch, generator=draw) for _ in range(4))  # choice: of captions
+        t, drop, *_ = torch.rand(4, args.batch, generator=draw)  # each (B,); the others are load_tokens'
         noise = torch.randn(args.batch, K, D, generator=draw)                                             # (B,K,D)
-        t, drop, view, choice, noise = (ranks.share(u) for u in (t, drop, view, choice, noise))
-        z = (tokens[torch.tensor(indices), (view * V).long()].float() - model.mean) / model.std           # (B,K,D)
+        t, drop, noise = (ranks.share(u) for u in (t, drop, noise))
         keep = drop >= args.label_drop  # labels and captions are dropped at random, for guidance
-        classes = torch.where(keep, labels[indices], len(model.classes))  # the last number is "none"
-        batch = [z, t, noise, classes]
-        if args.captions:
-            words, mask = text_of(pictures, model.text, width, picture_of[indices].tolist(), choice.tolist())
-            batch += [words, mask & keep[:, None]]  # (B,L,C) or ids (B,L); mask (B,L), False is no text
+        classes = torch.where(keep, classes, len(model.classes))  # the last number is "none"
+        if words:
+            words[1] = words[1] & keep[:, None]  # the mask (B,L) of features (B,L,C) or ids (B,L); False is no text
 
         means = torch.zeros(1, device=device)
-        pieces = zip(*(u.to(device, non_blocking=True).chunk(args.accumulate) for u in batch))            # b of B below
+        pieces = zip(*(u.to(device, non_blocking=True).chunk(args.accumulate) for u in (z, t, noise, classes, *words)))
         for n, (z, t, noise, classes, *words) in enumerate(pieces, 1):
             for network in (mixer, encode_text):
                 network.require_backward_grad_sync = n == args.accumulate  # DDP, if any, averages after the last piece
-            with autocast(device, args.dtype):
+            z = (z.float() - model.mean) / model.std                                                      # (b,K,D)
+            with ranks.autocast():
                 s = t[:, None, None]
                 z_t = (1 - s) * noise + s * z                                                             # (b,K,D)
                 if words:
-                    words[0] = encode_text(words[0])                                                       # (b,L,C)
+                    words[0] = encode_text(words[0]).float()  # (b,L,C); those made beforehand come in float16
                 v = mixer(z_t, t, classes, *words)
             flow = (v.float() - (z - noise)).square().flatten(1).mean(1)                                  # Eq. 1, (b,)
             loss = flow.mean()
@@ -123,9 +119,9 @@ def main():
         if save or (step + 1) % args.log_every == 0:
             loss = ranks.sum(means / ranks.world).item()
             log.write(step + 1, loss=loss, norm=norm.item(), lr=rate)  # raises on NaN
-        if save and ranks.main:
+        if save and ranks.main and log.due(end):
             shared.save_run(out, step + 1, args, model, digest, optimizer, ema)
-            with ema.applied(), torch.no_grad(), autocast(device, args.dtype):
+            with ema.applied(), torch.no_grad(), ranks.autocast():
                 condition = preview(model, pictures, width)
                 z = model.generate(steps=20, **condition)
                 sample.save_grid(out.with_suffix(".png"), model.decode(z, steps=20).split(8))
@@ -141,20 +137,25 @@ def new_mixer(args, K, D, classes, text_width=None):
     return Mixer(K, D, **shape, classes=classes, text_width=text_width, token_hidden=args.token_expansion * S,
                  channel_hidden=args.channel_expansion * shape["hidden"])
 
+def statistics(tokens):
+    """Mean and deviation, each (1,K,D), of mapped tokens (N,V,K,D), by chunks of D: all in float32 may be 8 GB."""
+    chunks = (torch.from_numpy(tokens[..., i:i + 64].astype("float32")) for i in range(0, tokens.shape[-1], 64))
+    mean, std = zip(*((chunk.mean((0, 1)), chunk.std((0, 1))) for chunk in chunks))
+    return torch.cat(mean, -1)[None], torch.cat(std, -1)[None] + 1e-6
+
 def preview(model, pictures, width):
     """What the picture of a run shows, eight samples each: the first ten classes, or the captions of ten pictures."""
     if not model.mixer.cross:
         return {"classes": torch.arange(min(10, max(1, model.mixer.classes))).repeat_interleave(8)}
     chosen = [i * len(pictures) // 10 for i in range(10)]
-    words, mask = text_of(pictures, model.text, width, chosen, [0.0] * 10)
+    words, mask = Batches(None, pictures, model.text, width).read_text(chosen, [0.0] * 10)
     words, mask = (u.repeat_interleave(8, 0).to(model.device) for u in (words, mask))
-    return {"text": model.text(words) if model.text else words, "mask": mask}
+    return {"text": model.text(words) if model.text else words.float(), "mask": mask}
 
-def text_source(args, pictures):
-    """What reads the captions, and the width of its features: CLIP, None where features were made beforehand, or a
-    small encoder that is trained along. Raises UserError."""
+def text_source(args, pictures, ranks):
+    """What reads the captions (CLIP, a small encoder trained along, None for features) and its width. UserError."""
     if args.clip:
-        text = ClipText(load_text_encoder(args.clip), args.bpe)
+        text = ClipText(load_text_encoder(ranks.fetch(args.clip), args.gelu), args.bpe)
         return text, text.width
     if pictures.made:
         return None, pictures.features(0)[0].shape[1]
@@ -165,12 +166,10 @@ def text_source(args, pictures):
     return text, text.width
 
 class Captioned(Pictures):
-    """Pictures with text and without classes: captions in name.txt (a line each) or name.json ("caption") beside
-    name.jpg, or in a .jsonl with {"file": ..., "caption": text or list} a line; or text features made beforehand, in
-    name.npz. Raises UserError where a picture has none."""
-    def __init__(self, source, pixels, seed=0):
-        found = read_table(Path(source)) if str(source).endswith(".jsonl") else None
-        super().__init__(source, pixels, seed, captions=True, found=found)
+    """Pictures with text, without classes: beside name.jpg captions in name.txt (a line each) or name.json ("caption"),
+    or features made beforehand in name.npz; or a .jsonl (see list_files). UserError where a picture has no text."""
+    def __init__(self, source, pixels, seed=0, ranks=None):
+        super().__init__(source, pixels, seed, captions=True, ranks=ranks)
         if source is None:
             self.texts = [plan.captions for plan in self.plans]  # the captions, or the place where they are read
             self.made = []
@@ -181,8 +180,7 @@ class Captioned(Pictures):
         self.texts = [self.found.get(name) for name in beside]
         missing = [name for name, text in zip(self.names, self.texts) if text is None]
         if missing and len(self.made) < len(self.names):
-            raise UserError(f"--captions {source}: {len(missing)} of {len(self.names)} pictures have none, for one "
-                            f"{missing[0]}; write it into a .txt of the same name, or take the picture out")
+            raise UserError(f"--captions {source}: no caption beside {missing[0]} and {len(missing) - 1} other files")
 
     def captions(self, i):
         """The captions of picture i. Raises UserError where they are empty or cannot be read."""
@@ -197,47 +195,66 @@ class Captioned(Pictures):
         return captions
 
     def features(self, i):
-        """Text features made beforehand: (features (L,C) float32, mask (L,) bool) of picture i. Raises UserError."""
+        """Text features made beforehand: (features (L,C) float16, mask (L,) bool) of picture i. Raises UserError."""
         with fid.naming(f"{self.source}: no text features (L,C) for {self.names[i]}"):
-            return sample.text_features(io.BytesIO(fid.read_bytes(self.made[i])))
+            features, mask = sample.text_features(io.BytesIO(fid.read_bytes(self.made[i])))
+            if not features.half().isfinite().all():
+                raise ValueError("NaN, or beyond float16")
+            return features.half(), mask
 
-def read_table(path):
-    """{name: place, or captions} of a .jsonl, whose pictures' paths are relative to its folder. Raises UserError."""
-    found = {}
-    with fid.naming(f"{path}: expected lines of JSON with file and caption"):
-        for row in map(json.loads, filter(str.strip, path.read_text(encoding="utf-8").split("\n"))):
-            picture = (path.parent / row["file"]).resolve(strict=True)
-            captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-            found[row["file"]] = (str(picture),)
-            found.setdefault(row["file"].rsplit(".", 1)[0] + ".txt", []).extend(captions)
-    return found
+class Batches(torch.utils.data.Dataset):
+    """[indices, view, choice] -> tokens (B,K,D) float16, labels (B,) and, with captions, what read_text returns. view
+    and choice, each (B,) in [0,1), choose among the views of a picture and its captions. Raises UserError."""
+    def __init__(self, rows, pictures, text, width):
+        self.rows = rows  # mapped: the device and its memory only ever see a batch
+        self.pictures = pictures
+        self.text = text
+        self.width = width
 
-def text_of(pictures, text, width, indices, draws):
-    """Text of a batch: ids (B,L) for the encoder `text`, or features (B,L,C) where it is None; mask (B,L). draws (B,)
-    in [0,1) choose among the captions of each. Raises UserError."""
-    if text is None:
-        rows = [pictures.features(i) for i in indices]
-        if any(features.shape[1] != width for features, _ in rows):
-            raise UserError(f"--captions {pictures.source}: text features of other widths than {width}")
-        return [nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*rows)]
-    captions = [pictures.captions(i) for i in indices]
-    ids = text.ids([own[int(d * len(own))] for own, d in zip(captions, draws)])
-    return ids, text.mask(ids)
+    def __getitem__(self, key):
+        indices, view, choice = key
+        views = (view * self.rows["tokens"].shape[1]).long()
+        z = torch.from_numpy(self.rows["tokens"][indices, views.numpy()])                                 # (B,K,D)
+        read = self.rows["index"][indices].tolist()  # another picture where one could not be read
+        text = self.read_text(read, choice.tolist()) if isinstance(self.pictures, Captioned) else []
+        return [z, self.pictures.labels[read], *text]
+
+    def read_text(self, indices, choice):
+        """ids (B,L) for the encoder `text`, or features (B,L,C) float16 where it is None; mask (B,L)."""
+        if self.text is None:
+            rows = [self.pictures.features(i) for i in indices]
+            if any(features.shape[1] != self.width for features, _ in rows):
+                raise UserError(f"--captions {self.pictures.source}: text features of other widths than {self.width}")
+            return [nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*rows)]
+        captions = [self.pictures.captions(i) for i in indices]
+        ids = self.text.ids([own[int(u * len(own))] for own, u in zip(captions, choice)])
+        return [ids, self.text.mask(ids)]
+
+def load_tokens(data, args, ranks, first):
+    """This process's part of every batch, from the loader's workers where there are files of text to read."""
+    def order():
+        for step, indices in enumerate(shared.picture_order(len(data.rows), args, ranks, first), first):
+            draws = torch.rand(4, args.batch, generator=generator(args.seed, step, "cpu", stream=1))  # as in main
+            yield indices, *(ranks.share(u) for u in draws[2:])
+    gpu = ranks.device.type == "cuda"
+    workers = 4 * (gpu and data.text is None) if args.workers is None else args.workers
+    return torch.utils.data.DataLoader(data, None, sampler=order(), num_workers=workers, pin_memory=gpu)
 
 def options():
     """The command line of stage 2."""
     p = sample.Parser(__doc__)
-    shared.common_options(p, 1000)
-    p.group("stage 2")
+    shared.common_options(p)
+    p.section = p.add_argument_group("stage 2")
     p.add("--stage1", None, "checkpoint of stage 1, ours or the authors' (default: OUT/stage1.pt)")
     p.add("--captions", None, "captioned pictures, instead of --data; alone: captioned digits", nargs="?", const=True)
     p.add("--clip", None, "CLIP file that reads captions; default: features beside the pictures, or a small encoder")
     p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
+    p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see README", choices=["exact"])
     p.add("--label-drop", 0.1, "share of labels or captions dropped, for guidance", type=number(0, 1))
     p.add("--channel-expansion", 4, "channel MLPs are so many times as wide as the Mixer", type=whole(1))
     p.add("--token-expansion", 2, "token MLPs are so many times as wide as the sequence", type=whole(1))
     args = p.parse_args()
-    if bool(args.clip) != bool(args.bpe) or args.clip and not args.captions:
+    if bool(args.clip) != bool(args.bpe) or args.clip and not args.captions or args.gelu and not args.clip:
         raise UserError("--clip reads captions: give --captions, and --bpe with bpe_simple_vocab_16e6.txt.gz")
     if args.captions and args.data:
         raise UserError("--data: --captions names the pictures itself; leave the option out")
