@@ -144,9 +144,8 @@ class Decoder(nn.Module):
         self.token_ln = nn.LayerNorm(width)
         self.patch_in = nn.Linear(patch * patch * channels, width, bias=False)
         self.merge = nn.Linear(width, width, bias=False)
-        self.patch_pos = None
-        if learned_positions:  # RoPE alone learns slowly where a patch is; the nano size trains too short for that
-            self.patch_pos = nn.Parameter(0.5 * torch.randn(1, (size // patch) ** 2, width))
+        # RoPE alone learns slowly where a patch is; the nano size trains too short for that
+        self.patch_pos = nn.Parameter(0.5 * torch.randn(1, (size // patch) ** 2, width)) if learned_positions else 0
         self.blocks = nn.ModuleList(Block(width, heads, mapping) for _ in range(depth))
         self.norm_out = RMSNorm(width)
         self.patch_out = nn.Linear(width, patch * patch * channels, bias=False)
@@ -192,9 +191,7 @@ class Decoder(nn.Module):
         p = self.patch
         x = x_t.view(B, C, H // p, p, W // p, p)
         x = x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)                      # (B,N,p*p*C)
-        x = self.patch_in(x)                                                           # (B,N,width)
-        if self.patch_pos is not None:
-            x = x + self.patch_pos
+        x = self.patch_in(x) + self.patch_pos                                          # (B,N,width)
         x = self.merge(torch.cat([projected, x], 1))                                   # (B,K+N,width)
         rotary = self.rotary(H // p)
         for block in self.blocks:
@@ -245,8 +242,7 @@ class Level(nn.Module):
     def __init__(self, channels, out, blocks, scale):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(channels if i == 0 else out, out) for i in range(blocks))
-        conv = nn.Conv2d(out, out, 3, stride=2) if scale < 0 else nn.Conv2d(out, out, 3, padding=1)
-        resample = nn.ModuleDict({"conv": conv})
+        resample = nn.ModuleDict({"conv": nn.Conv2d(out, out, 3, 2) if scale < 0 else nn.Conv2d(out, out, 3, 1, 1)})
         self.downsamplers = nn.ModuleList([resample] if scale < 0 else [])
         self.upsamplers = nn.ModuleList([resample] if scale > 0 else [])
 
@@ -303,11 +299,6 @@ class VAE(nn.Module):
     def sample(self, mean, logvar, noise):
         """Latents: a sample of the posterior times `scale`; noise ~ N(0,I) like mean."""
         return self.scale * (mean + (0.5 * logvar).exp() * noise)
-
-    def encode(self, x, noise=None):
-        """(B,3,H,W) in [-1,1] -> latents (B,4,H/8,W/8)."""
-        mean, logvar = self.posterior(x)
-        return self.sample(mean, logvar, torch.randn_like(mean) if noise is None else noise)
 
     def decode(self, latents):
         """Latents (B,4,h,w) -> images (B,3,8h,8w), about [-1,1], not clamped."""

@@ -41,8 +41,7 @@ class Layer(nn.Module):
         return x + self.channels(self.norm2(x))
 
 class TimeEmbedding(nn.Module):
-    """t (B,) in [0,1] -> (B,D), in float32: 256 sinusoids, then an MLP.
-    `scale` 1000 fits [0,1] to the wavelengths, which are made for times up to 1000. The released Mixer has 1."""
+    """t (B,) in [0,1] -> (B,D), in float32: 256 sinusoids of scale * t, then an MLP; the released Mixer has scale 1."""
     def __init__(self, width, scale):
         super().__init__()
         self.scale = scale
@@ -66,15 +65,9 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def split_heads(self, x):
-        """(B,n,hidden) -> (B,heads,n,hidden/heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
     def forward(self, x, text, mask):
-        q = self.split_heads(self.q(self.norm(x)))                                     # (B,heads,S,hidden/heads)
-        k, v = self.kv(text).chunk(2, -1)                                              # each (B,L,hidden)
-        k = self.split_heads(k)                                                        # (B,heads,L,hidden/heads)
-        v = self.split_heads(v)
+        qkv = self.q(self.norm(x)), *self.kv(text).chunk(2, -1)                        # (B,S,hidden), (B,L,hidden) x 2
+        q, k, v = (u.unflatten(-1, (self.heads, -1)).transpose(1, 2) for u in qkv)     # (B,heads,S or L,hidden/heads)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         return self.out(y.transpose(1, 2).flatten(2))                                  # (B,S,hidden)
 
@@ -131,8 +124,7 @@ class Mixer(nn.Module):
 def guided(mixer, classes=None, text=None, mask=None, scale=1.5, interval=(0.3, 0.9)):
     """Classifier-free guidance (Ho 2022): the velocity u + scale (c - u) for t in `interval`, and c for other times.
     c, u: the velocities with and without the condition; they run as one batch, and c alone outside the interval
-    (Kynkaanniemi 2024). classes (B,) long, text (B,L,C), mask (B,L) bool: as Mixer takes them.
-    Returns velocity(z_t (B,K,D), t (1,)) -> v (B,K,D)."""
+    (Kynkaanniemi 2024). classes, text, mask: as Mixer takes them. Returns velocity(z_t (B,K,D), t (1,)) -> v."""
     both = {}
     if classes is not None:
         both["classes"] = torch.cat([classes, torch.full_like(classes, mixer.classes)])    # (2B,)

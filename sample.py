@@ -108,9 +108,8 @@ class RepTok(nn.Module):
         images = []
         for tokens, x in zip(z.to(self.device).split(batch), noise.split(batch)):
             projected = self.decoder.project(tokens)  # the same in every step
-            def velocity(x_t, t):
-                return self.decoder.velocity(x_t, self.decoder.condition(t), projected)
-            images.append(self.vae.decode(dec.euler(velocity, x, steps)).clamp(-1, 1))
+            x = dec.euler(lambda x_t, t: self.decoder.velocity(x_t, self.decoder.condition(t), projected), x, steps)
+            images.append(self.vae.decode(x).clamp(-1, 1))
         return torch.cat(images)
 
     @torch.no_grad()
@@ -197,13 +196,16 @@ def save_grid(path, rows):
 class Parser(argparse.ArgumentParser):
     """argparse that shows every default, takes no abbreviations and refuses in one line."""
     def __init__(self, doc):
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        form = functools.partial(argparse.RawDescriptionHelpFormatter, width=118, max_help_position=27)
+        first = "\n\n".join(doc.split("\n\n")[:2])
+        super().__init__(usage="%(prog)s [options]", description=first, allow_abbrev=False, formatter_class=form)
         self.section = self  # of --help, in which the next options stand
 
     def add(self, name, default=None, help="", **kwargs):
         """add_argument with the default in the help text."""
         shown = "" if default is None or default is False else f" (default: {default})"
-        self.section.add_argument(name, default=default, help=help + shown, **kwargs)
+        value = {} if "action" in kwargs else {"metavar": "|".join(kwargs.get("choices", [name[2:].upper()]))}
+        self.section.add_argument(name, default=default, help=help + shown, **value, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
@@ -322,21 +324,21 @@ def options():
     p.add("--interpolate", None, "two pictures; eight steps between their tokens", nargs=2)
     p.add("--export", None, "write the checkpoint to this file without what only training needs")
     p.section = p.add_argument_group("sampling")
+    p.add("--out", "samples.png", "the picture to write")
     p.add("--per-class", 8, "pictures of each class or prompt", type=whole(1))
     p.add("--steps", 50, "Euler steps of Mixer and decoder", type=whole(1))
     p.add("--cfg", 1.5, "guidance scale; 1 is none", type=number(0))
     p.add("--cfg-interval", [0.3, 0.9], "guidance acts while t is between these", nargs=2, type=number(0, 1))
     p.add("--seed", 0, "seed of the first picture; the next ones count on", type=whole(0))
-    p.add("--device", "auto", "auto is cuda where there is one, else cpu", choices=["auto", "cpu", "cuda", "mps"])
-    p.add("--dtype", "auto", "auto: bfloat16 where the device is made for it", choices=["auto", "float32", "bfloat16"])
-    p.section = p.add_argument_group("output")
-    p.add("--out", "samples.png", "the picture to write")
+    p.section = p.add_argument_group("many pictures, for scores; rarely needed")
     p.add("--save", None, "write a file a picture into this folder instead: generated/, or real/ and reconstructed/")
     p.add("--num", None, "pictures for --save to generate (default: --per-class of each)", type=whole(1))
     p.add("--batch", 50, "pictures at once for --save", type=whole(1))
     p.add("--clip", None, "CLIP file, to print the CLIP score of --save's pictures and their prompts")
     p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
     p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see README", choices=["exact"])
+    p.add("--device", "auto", "auto is cuda where there is one, else cpu", choices=["auto", "cpu", "cuda", "mps"])
+    p.add("--dtype", "auto", "auto: bfloat16 where the device is made for it", choices=["auto", "float32", "bfloat16"])
     args = p.parse_args()
     if bool(args.clip) != bool(args.bpe) or args.clip and not (args.save and (args.prompt or args.prompts)):
         raise UserError("--clip scores pictures against their prompts: give --bpe, --save and --prompts too")
@@ -410,9 +412,8 @@ def requests(model, args):
         with fid.naming("--features: not an .npz with features (L,C)"):
             rows = [text_features(path) for path in args.features]
         width = model.mixer.config["text_width"]
-        if any(features.shape[1] != width for features, _ in rows):
-            takes = f"(L,{width})" if width else "no text"
-            raise UserError(f"--features: this checkpoint takes {takes}, not {[(*text.shape,) for text, _ in rows]}")
+        if width and any(features.shape[1] != width for features, _ in rows):
+            raise UserError(f"--features: the checkpoint takes (L,{width}), not {[(*text.shape,) for text, _ in rows]}")
         return rows
     prompts = args.prompt or []
     if args.prompts:
@@ -445,11 +446,9 @@ def generate_images(model, wanted, seeds, args):
     """Class numbers, prompts or features, one a picture -> images (B,3,S,S) in [-1,1], each from its own seed."""
     if isinstance(wanted[0], int):
         condition = {"classes": torch.tensor(wanted)}
-    elif isinstance(wanted[0], str):
-        condition = dict(zip(("text", "mask"), model.prompts(wanted)))
     else:
-        padded = [nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*wanted)]
-        condition = dict(zip(("text", "mask"), padded))
+        padded = (nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*wanted))
+        condition = dict(zip(("text", "mask"), model.prompts(wanted) if isinstance(wanted[0], str) else padded))
     noise = model.noise(seeds, mixer=True)
     z = model.generate(steps=args.steps, cfg=args.cfg, cfg_interval=args.cfg_interval, noise=noise, **condition)
     return model.decode(z, args.steps, model.noise(seeds))

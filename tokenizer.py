@@ -54,29 +54,20 @@ class MLP(nn.Module):
         x = self.fc1(x)
         return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
 
-class LayerScale(nn.Module):
-    """One learned factor a channel on the branch, before the residual (DINOv2)."""
-    def __init__(self, width):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return x * self.gamma
-
 class Block(nn.Module):
-    """Pre-norm transformer block, (B,N,D) -> (B,N,D)."""
+    """Pre-norm transformer block, (B,N,D) -> (B,N,D); with layer_scale DINOv2's factor a channel on each branch."""
     def __init__(self, width, heads, hidden, eps, layer_scale=False, quick_gelu=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
         self.norm2 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads)
         self.mlp = MLP(width, hidden, quick_gelu)
-        self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
-        self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
+        self.ls1 = nn.ParameterDict({"gamma": torch.ones(width)} if layer_scale else {})
+        self.ls2 = nn.ParameterDict({"gamma": torch.ones(width)} if layer_scale else {})
 
     def forward(self, x, causal=False, mask=None):
-        x = x + self.ls1(self.attn(self.norm1(x), causal, mask))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.attn(self.norm1(x), causal, mask) * self.ls1.get("gamma", 1)
+        return x + self.mlp(self.norm2(x)) * self.ls2.get("gamma", 1)
 
 class ViT(nn.Module):
     """The vision transformer (Dosovitskiy 2021) of DINOv2 (Oquab, Darcet 2023), MAE and CLIP; DINOv2's tensor names.
@@ -92,16 +83,13 @@ class ViT(nn.Module):
         self.pixels = pixels
         self.checkpointing = False
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch, bias=patch_bias)})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_tokens = nn.Parameter(torch.zeros(1, registers, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
+        self.cls_token = nn.Parameter(0.5 * torch.randn(1, 1, width))  # not the usual .02: from smaller values a few
+        self.register_tokens = nn.Parameter(0.5 * torch.randn(1, registers, width))  # hundred steps learn nothing
+        self.pos_embed = nn.Parameter(0.5 * torch.randn(1, 1 + grid * grid, width))
         self.norm_pre = nn.LayerNorm(width, eps) if pre_norm else nn.Identity()
         hidden = hidden or 4 * width
         self.blocks = nn.ModuleList(Block(width, heads, hidden, eps, layer_scale, quick_gelu) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps)
-        # std .5, not the usual .02: from smaller values the few steps of `pretrain` learn nothing
-        for p in (self.cls_token, self.register_tokens, self.pos_embed):
-            nn.init.normal_(p, std=0.5)
 
     def prefix(self):
         """The learned embeddings in front of the patches, (1,1+R,D): class token, registers."""
@@ -139,8 +127,7 @@ def resize(x, size):
     H, W = x.shape[-2:]
     side = min(H, W)
     x = x[..., round((H - side) / 2):, round((W - side) / 2):][..., :side, :side]
-    if side // size > 1:
-        x = F.avg_pool2d(x, side // size)
+    x = F.avg_pool2d(x, max(1, side // size))
     return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 class Tokenizer(nn.Module):
@@ -192,11 +179,9 @@ def augment(images, generator):
     B = len(images)
     def uniform(*shape):  # in [-1,1)
         return torch.rand(shape, generator=generator, device=images.device) * 2 - 1
-    angle = uniform(B) * 0.2
-    scale = 1 + 0.1 * uniform(B)
-    cos = scale * angle.cos()
-    sin = scale * angle.sin()
-    affine = torch.stack([cos, -sin, 0.15 * uniform(B), sin, cos, 0.15 * uniform(B)], 1).view(B, 2, 3)
+    angle = uniform(B) * 0.1
+    cos, sin = (1 + 0.05 * uniform(B)) * torch.stack([angle.cos(), angle.sin()])
+    affine = torch.stack([cos, -sin, 0.075 * uniform(B), sin, cos, 0.075 * uniform(B)], 1).view(B, 2, 3)
     grid = F.affine_grid(affine, images.shape, align_corners=False)                    # (B,H,W,2)
     x = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     mix = torch.linalg.qr(torch.randn(B, 3, 3, generator=generator, device=images.device))[0]  # a random rotation
@@ -208,29 +193,6 @@ def contrastive_loss(a, b, temperature=0.1):
     x = F.normalize(torch.cat([a, b]).float(), dim=1)
     logits = (x @ x.T / temperature).fill_diagonal_(float("-inf"))                     # (2B,2B)
     return F.cross_entropy(logits, torch.arange(2 * len(a), device=x.device).roll(len(a)))
-
-def pretrain(vit, batches, steps, seed=0, lr=1e-3):
-    """Train `vit` without labels so that two views of one image get one token; yields the loss of every step.
-    batches: (images (B,3,H,W) in [-1,1], ...), one a step of `steps`. Deterministic in (weights, batches, seed)."""
-    D = vit.pos_embed.shape[-1]
-    device = vit.pos_embed.device
-    head = nn.Sequential(nn.Linear(D, 2 * D), nn.BatchNorm1d(2 * D), nn.ReLU(), nn.Linear(2 * D, D // 2))
-    parameters = [*vit.requires_grad_(True).parameters(), *head.to(device).parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)
-    generator = torch.Generator(device).manual_seed(seed)
-    mean, std = (torch.tensor(vit.config[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
-    for step, (images, *_) in enumerate(batches):
-        rate = min(1, (step + 1) / 50, 0.05 + 1.9 * (1 - step / steps))  # 50 steps up, 1 for a half, down to .05
-        optimizer.param_groups[0]["lr"] = lr * rate
-        images = resize(images, vit.pixels)
-        x = torch.cat([augment(images, generator), augment(images, generator)])        # (2B,3,pixels,pixels)
-        scores = head(vit(((x + 1) / 2 - mean) / std)[:, 0])                           # (2B,E), from the class token
-        loss = contrastive_loss(*scores.chunk(2))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield loss.detach()
-    vit.requires_grad_(False)
 
 # ---- Reading weight files. torch.load(weights_only=True), as in decoder.py, would refuse OpenAI's CLIP archives.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
@@ -488,7 +450,6 @@ class BPE:
         return [self.start, *ids, self.end]
 
     def __call__(self, captions):
-        captions = [captions] if isinstance(captions, str) else captions
         rows = [ids[:-1][:self.context - 1] + ids[-1:] for ids in map(self.encode, captions)]
         rows = [row + [0] * (self.context - len(row)) for row in rows]
         return torch.tensor(rows, dtype=torch.long).view(-1, self.context)

@@ -2,8 +2,7 @@
 
     python train_stage1.py                                # coloured digits, no download: minutes on two CPU cores
     python train_stage1.py --data FOLDER                  # own pictures, at 16 pixels; sub-folders are classes
-    torchrun --nproc-per-node 8 train_stage1.py --data imagenet/train --size XL --encoder dinov2_vitb14_reg \\
-        --vae sd-vae-ft-mse/diffusion_pytorch_model.safetensors  # the paper's size
+    torchrun --nproc-per-node 8 train_stage1.py --data imagenet/train --size XL --encoder dinov2_vitb14_reg --vae FILE
 
 Writes OUT/stage1.pt (complete in itself), OUT/stage1.jsonl (one line per logged step), OUT/stage1.png (inputs above,
 reconstructions below) and, if it trains a small encoder first, OUT/encoder.pt. The same command resumes a stopped run.
@@ -18,6 +17,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -38,7 +39,7 @@ from tokenizer import Tokenizer, UserError, ViT, cosine_loss
 
 # The networks of each size. All but nano work on 256 pixels, in SD-VAE latents, with a published encoder.
 SIZES = {"nano": {"decoder": dict(width=128, depth=4, heads=4, patch=4, mapping=128, learned_positions=True),
-                  "mixer": dict(hidden=192, depth=6)},
+                  "mixer": dict(hidden=192, depth=3)},
          "S": {"decoder": dict(width=384, depth=12, heads=6), "mixer": dict(hidden=384, depth=12)},
          "B": {"decoder": dict(width=768, depth=12, heads=12), "mixer": dict(hidden=768, depth=16)},
          "L": {"decoder": dict(width=1024, depth=24, heads=16), "mixer": dict(hidden=1024, depth=24)},
@@ -46,8 +47,8 @@ SIZES = {"nano": {"decoder": dict(width=128, depth=4, heads=4, patch=4, mapping=
 # Steps and batch are the paper's; what it leaves open is ours.
 PAPER = dict(pixels=256, steps=10**6, batch=512, lr=1e-4, warmup=2000, decay=False, ema=0.9999, t_mean=0, cache=False,
              save_every=10_000)
-NANO = dict(pixels=16, steps=1200, batch=96, lr=3e-3, warmup=100, decay=True, ema=0.995, t_mean=-0.3, cache=True,
-            save_every=500)
+NANO = dict(pixels=16, steps=1200, batch=64, optimizer="muon", lr=3e-3, warmup=50, decay=True, ema=0.99,
+            t_mean=-0.3, cache=True, save_every=500)
 
 def main():
     """Stage 1 from the command line: check, build or restore, then the loop. Raises UserError."""
@@ -66,9 +67,8 @@ def main():
     tokenizer, decoder, vae = (network.to(device) for network in (model.tokenizer, model.decoder, model.vae))
     model = RepTok(tokenizer, decoder, vae, classes=pictures.classes, data=(pictures.source, pictures.fingerprint))
     tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing  # recompute activations backwards
-
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # tokenizer.embedding, decoder
-    optimizer = adamw(trained, args, args.token_lr)
+    optimizer = new_optimizer(trained, args)  # AdamW or Muon
     ema = EMA(trained, args.ema)
     first = restore(saved, optimizer, ema) if saved else 0  # the step to begin with
     encode = ranks.wrap(tokenizer, args.compile)  # the same networks, with gradients averaged over all processes
@@ -88,7 +88,6 @@ def main():
         mirror = torch.rand(args.batch, generator=draw, device=device) < (0.5 if args.flip else 0)        # (B,)
         t, noise, vae_noise, mirror = (ranks.share(u) for u in (t, noise, vae_noise, mirror))
         x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
-
         means = torch.zeros(3, device=device)  # of loss, flow, cosine
         pieces = zip(*(u.chunk(args.accumulate) for u in (x, indices, mirror, t, noise, vae_noise)))  # b of B below
         for n, (x, indices, mirror, t, noise, vae_noise) in enumerate(pieces, 1):
@@ -106,14 +105,12 @@ def main():
             loss = (flow + args.lam * cosine).mean()
             (loss / args.accumulate).backward()
             means += torch.stack([loss, flow.mean(), cosine.mean()]).detach() / args.accumulate
-            log.add_by_time(t, flow.detach())  # eight bins of t, until the next line of the log
 
         norm = nn.utils.clip_grad_norm_(trained.values(), args.clip_grad or math.inf)
         rate = set_learning_rate(optimizer, step, args)
         optimizer.step()
         optimizer.zero_grad()
         ema.update(step)  # its decay warms up
-
         end = step + 1 == args.steps or ranks.any_process(signals)
         save = end or (step + 1) % args.save_every == 0
         log.bar.update()
@@ -122,12 +119,16 @@ def main():
             log.write(step + 1, loss=loss, flow=flow, cosine=cosine, norm=norm.item(), lr=rate)  # raises on NaN
         if save and ranks.main and log.due(end):
             save_run(out, step + 1, args, model, pictures.fingerprint, optimizer, ema)
+        if ranks.main and (end or picture_due(step + 1, args.steps)):
             with ema.applied(), torch.no_grad(), ranks.autocast():
-                shown = to_float(torch.stack([pictures[i][0] for i in range(min(10, len(pictures)))]))
-                sample.save_grid(out.with_suffix(".png"), [shown, model.decode(model.encode(shown), steps=20)])
+                shown = held_out(pictures, args, 100 if end else 10)                                      # (n,3,S,S)
+                decoded = model.decode(model.encode(shown), steps=20)                                     # (n,3,S,S)
+                sample.save_grid(out.with_suffix(".png"), [shown[:10], decoded[:10]])
         if end:
             break
-    log.close(out, step + 1)
+    which = "pictures of those trained on" if pictures.source else "held-out digits"
+    psnr = fid.psnr(fid.to_uint8(shown.cpu()), fid.to_uint8(decoded.cpu())).mean() if ranks.main else 0
+    log.close(out, step + 1, f"PSNR {psnr:.2f} dB on {which}; next: python train_stage2.py --out {args.out}")
 
 # ---- Below: what stage 1 is built from, and its command line
 def frozen_networks(args, tokenizer, vae, pictures, ranks):
@@ -174,24 +175,55 @@ def new_vit(args):
 def pretrained(args, pictures, ranks):
     """Nano's own encoder: a small ViT trained on the pictures themselves. Returns the path of OUT/encoder.pt."""
     path = Path(args.out, "encoder.pt")
-    names = ("seed", "pretrain_steps", "registers", "pixels")
+    names = ("seed", "pretrain", "pretrain_steps", "registers", "pixels")
     settings = {"data": pictures.fingerprint, **{name: getattr(args, name) for name in names}}
     if path.exists() and not args.fresh:
         refuse_changes(path, load_checkpoint(path, ["encoder"])["settings"], settings)
     elif ranks.main:
-        print("No encoder given: a small ViT is trained on the pictures first, without labels")
+        print(f"No encoder given: a small ViT is trained on the pictures first (--pretrain {args.pretrain})")
+        labels = args.pretrain == "labels"  # then class tokens tell the class alone, and patches their own pixels
+        if labels and not pictures.classes:
+            raise UserError("--pretrain labels: these pictures lie in no class folders; use --pretrain self")
+        tellers, side = (slice(1 + args.registers, None), 4) if labels else (slice(1), args.pixels)
         vit = new_vit(args).to(ranks.device)
-        alone = argparse.Namespace(rank=0, world=1)
-        plan = argparse.Namespace(batch=min(128, len(pictures)), steps=args.pretrain_steps, seed=args.seed + 1)
-        batches = load_batches(pictures, picture_order(len(pictures), plan, alone), ranks.device, args.workers)
-        bar = tqdm(tok.pretrain(vit, batches, plan.steps, args.seed), "encoder", plan.steps, dynamic_ncols=True)
-        for step, loss in enumerate(bar):
-            if step % 20 == 0:
-                bar.set_postfix_str(f"loss {loss.item():.3f}")
+        widths = 3 * side**2, max(1, len(pictures.classes))
+        head = nn.ModuleList(nn.Linear(vit.pos_embed.shape[-1], width) for width in widths).to(ranks.device)
+        plan = argparse.Namespace(batch=min(64, len(pictures)), steps=args.pretrain_steps, seed=args.seed + 1,
+                                  optimizer="muon", lr=1e-3, muon_lr=0.01, rank=0, world=1)
+        batches = load_batches(pictures, picture_order(len(pictures), plan, plan), ranks.device, args.workers)
+        optimizer = new_optimizer(dict(vit.named_parameters()) | dict(head.named_parameters()), plan)
+        shown = held_out(pictures, args, 10).to(ranks.device)
+        draw = torch.Generator(ranks.device).manual_seed(args.seed)
+        for step, (x, y, _) in enumerate(tqdm(batches, "encoder", plan.steps, dynamic_ncols=True)):
+            x = torch.cat([tok.augment(x, draw), tok.augment(x, draw)])  # two views of each, (2B,3,S,S)
+            tokens = vit(x)                                                                           # (2B,1+R+N,D)
+            z = tokens[:, 0]                                                                              # (2B,D)
+            aim = F.cross_entropy(head[1](z), y.repeat(2).to(z.device)) if labels else tok.contrastive_loss(*z.chunk(2))
+            told = head[0](tokens[:, tellers]) - F.unfold(x, side, stride=side).mT                        # (2B,n,3ss)
+            (aim + 10 * told.square().mean()).backward()
+            for group in optimizer.param_groups:  # 50 steps up, 1 for a half, down to .05: better here than a cosine
+                group["lr"] = group["rate"] * min(1, (step + 1) / 50, 0.05 + 1.9 * (1 - step / plan.steps))
+            optimizer.step()
+            optimizer.zero_grad()
+            if picture_due(step + 1, plan.steps):
+                with torch.no_grad():
+                    told = F.fold(head[0](vit(shown)[:, tellers]).mT, shown.shape[-2:], side, stride=side)
+                    sample.save_grid(path.with_name("stage1.png"), [shown, told])
         content = {"kind": "encoder", "settings": settings, "config": vit.config, "state": vit.cpu().state_dict()}
         save_checkpoint(path, content)
     ranks.any_process()  # the others wait for the file
     return path
+
+def picture_due(step, steps):
+    """Whether the picture of a run is drawn after `step` of `steps`: early once, then ten times."""
+    return step == 50 or step % max(1, steps // 10) == 0
+
+def held_out(pictures, args, count):
+    """Images (count,3,S,S) to look at: digits that are not among those trained on, or the first of own pictures."""
+    if pictures.source:
+        return to_float(torch.stack([pictures[i][0] for i in range(min(count, len(pictures)))]))
+    digits = [draw_digit(plan_digit(i, args.seed + 1), args.pixels) for i in range(count)]
+    return to_float(torch.from_numpy(np.stack(digits)).permute(0, 3, 1, 2))
 
 def write_data(folder, count, seed, pixels):
     """The default pictures as FOLDER/digit/number.png."""
@@ -205,58 +237,90 @@ def options():
     """The command line of stage 1."""
     p = sample.Parser(__doc__)
     common_options(p)
-    p.section = p.add_argument_group("stage 1")
+    p.section = p.sections["model"]
     p.add("--encoder", None, "DINOv2, MAE or CLIP file or name, encoder.pt, or 'random'; default: nano trains its own")
-    p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see README", choices=["exact"])
     p.add("--vae", None, "SD VAE file; default: nano works on pixels")
     p.add("--init", None, "checkpoint (ours or the authors') to fine-tune from")
     p.add("--pixels", None, "side of the pictures (default: 16 for nano, else 256)", type=whole(1))
-    p.add("--lam", 0.1, "lambda, the weight of the cosine term (Eq. 3)", type=number(0))
-    p.add("--token-lr", 1.0, "learning rate of the token embedding, as a multiple of --lr", type=number(0))
     p.add("--unfreeze", "token", "what of the encoder is trained", choices=["token", "all", "none"])
     p.add("--token", "cls", "read class token, one register, or all (K = 1 + registers)", choices=["cls", "reg", "all"])
-    p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
+    p.section = p.sections["optimisation"]
+    p.add("--lam", 0.1, "lambda, the weight of the cosine term (Eq. 3)", type=number(0))
+    p.add("--token-lr", 1.0, "learning rate of the token embedding, as a multiple of --lr", type=number(0))
     p.add("--t-mean", None, "t = sigmoid(N(this,1)); negative values favour noise", type=number(-10, 10))
-    p.add("--pretrain-steps", 1600, "steps of nano's own encoder, 128 pictures each", type=whole(1))
-    p.add("--registers", 4, "register tokens of nano's own encoder", type=whole(0))
+    p.section = p.sections["rarely needed"]
     p.add("--cache", None, "keep what frozen networks give in a file (nano)", action=argparse.BooleanOptionalAction)
     p.add("--checkpointing", False, "recompute activations: less memory, more time", action="store_true")
+    p.add("--pretrain", "self", "nano's own encoder learns from views, or by labels", choices=["self", "labels"])
+    p.add("--pretrain-steps", 800, "steps of nano's own encoder, 64 pictures each", type=whole(1))
+    p.add("--registers", 4, "register tokens of nano's own encoder", type=whole(0))
+    p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
     p.add("--write-data", None, "write --num pictures of the default data to this folder, and exit")
     p.add("--num", 2000, "how many pictures --write-data writes", type=whole(1))
     args = p.parse_args()
     own = args.encoder in (None, "random") and args.size in (None, "nano")
     for condition, why, names in (
             (args.init, "--init takes its networks from the checkpoint",
-             "encoder vae pixels unfreeze token reg_index pretrain_steps registers"),
-            (args.encoder == "random", "all of a random encoder is trained, lambda 0", "unfreeze lam pretrain_steps"),
+             "encoder vae pixels unfreeze token reg_index pretrain pretrain_steps registers"),
+            (args.encoder == "random", "all of it is trained, lambda 0", "unfreeze lam pretrain pretrain_steps"),
             (not args.encoder, "--gelu belongs to a CLIP file, --encoder", "gelu"),
-            (not own, "this run trains no encoder of its own", "pretrain_steps registers")):
+            (not own, "this run trains no encoder of its own", "pretrain pretrain_steps registers"),
+            (not args.registers, "it needs an encoder with register tokens", "token")):
         for name in names.split():
             if condition and getattr(args, name) != p.get_default(name):
                 raise UserError(f"--{name.replace('_', '-')}: {why}; leave the option out")
-    if args.token != "cls" and not args.registers:
-        raise UserError(f"--token {args.token} needs an encoder with register tokens; use --token cls")
     if args.encoder == "random":
         args.unfreeze = "all"
         args.lam = 0.0
     return args
 
 # ---- Below: shared by both trainers. First optimizer, averages, log, checkpoints
-def adamw(trained, args, token_lr=1.0):
-    """AdamW without weight decay, with `token_lr` times the learning rate for the token embedding."""
-    factors = {name: token_lr if name == "tokenizer.embedding" else 1.0 for name in trained}
-    groups = [{"params": [p for name, p in trained.items() if factors[name] == factor], "factor": factor}
-              for factor in sorted(set(factors.values()))]
-    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=True)
+class Muon(torch.optim.AdamW):
+    """AdamW; but the matrices in groups with "muon" move by their momentum, made orthogonal (Jordan 2024,
+    https://kellerjordan.github.io/posts/muon): all its directions get the same length, so that none stays behind."""
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"] if group["muon"] else ():
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))  # AdamW wants a step
+                state["momentum"].lerp_(p.grad, 0.05)
+                update = orthogonal(p.grad.lerp(state["momentum"], 0.95))  # Nesterov
+                p.sub_(update, alpha=group["lr"] * max(1, len(p) / p[0].numel()) ** 0.5)
+                p.grad = None  # AdamW passes over it
+        super().step()
+
+def orthogonal(x, steps=5):
+    """About U V^T of a matrix U S V^T, by Newton-Schulz iterations in float32 (torch.optim.Muon takes bfloat16, slow on
+    processors without it). They run on the small matrix a = x x^T; x becomes q x."""
+    if len(x) > x[0].numel():
+        return orthogonal(x.mT, steps).mT
+    x = x / (x.norm() + 1e-7)
+    a = x @ x.mT
+    one = q = torch.eye(len(x), device=x.device)
+    for _ in range(steps):
+        p = 3.4445 * one - 4.775 * a + 2.0315 * a @ a
+        q = p @ q
+        a = p @ a @ p
+    return q @ x
+
+def new_optimizer(trained, args):
+    """AdamW without weight decay; with --optimizer muon, Muon for the matrices of attention and MLPs."""
+    groups = {}
+    for name, p in trained.items():
+        muon = args.optimizer == "muon" and p.ndim == 2 and bool(re.search(r"\.(attn|ff|mlp|tokens|channels)\.", name))
+        rate = args.lr * args.token_lr if name == "tokenizer.embedding" else args.muon_lr if muon else args.lr
+        groups.setdefault((muon, rate), {"params": [], "muon": muon, "lr": rate, "rate": rate})["params"].append(p)
+    return Muon(groups.values(), lr=args.lr, weight_decay=0.0, fused=True)
 
 def set_learning_rate(optimizer, step, args):
-    """Linear warm-up, then constant; nano's short runs then fall to a twentieth along a cosine. Returns the rate."""
-    rate = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-    if args.decay:
-        rate = rate * (0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * step / args.steps)))
+    """Linear warm-up, then constant; nano's short runs fall to nothing along a cosine. Returns that of --lr."""
+    factor = min(1.0, (step + 1) / max(1, args.warmup))
+    factor *= 0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.decay else 1.0
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
-    return rate
+        group["lr"] = group["rate"] * factor
+    return args.lr * factor
 
 class EMA:
     """Moving average of the trained parameters. The decay warms up; otherwise short runs keep their initial weights."""
@@ -290,14 +354,13 @@ def catch_signals():
     return asked
 
 class Log:
-    """Progress bar and OUT/NAME.jsonl, a line per logged step, with the mean loss in eight equal segments of t."""
+    """Progress bar and OUT/NAME.jsonl, a line per logged step."""
     def __init__(self, out, args, ranks, first, pictures, trained):
         self.args = args
         self.ranks = ranks
         self.first = first
         self.since = (time.perf_counter(), first)
         self.saved = time.perf_counter()
-        self.segments = torch.zeros(2, 8, device=ranks.device)  # sums of losses, how many
         self.bar = tqdm(total=args.steps, initial=first, disable=not ranks.main, desc=out.stem, dynamic_ncols=True)
         if ranks.main:
             size = sum(parameter.numel() for parameter in trained.values())
@@ -312,16 +375,10 @@ class Log:
                 if line.endswith("}") and json.loads(line)["step"] <= first:  # the later ones come again
                     print(line, file=self.file)
 
-    def add_by_time(self, t, loss):
-        """Sort losses (b,) by their t (b,)."""
-        self.segments.index_add_(1, (t * 8).long().clamp(max=7), torch.stack([loss, torch.ones_like(t)]))
-
     def write(self, step, **values):
         """A line of `values`. Raises UserError if `loss` or `norm` is not finite: weights never recover from that."""
         if not math.isfinite(values["loss"] + values["norm"]):
             raise UserError(f"the loss is not finite at step {step}; the last checkpoint is good; try a smaller --lr")
-        bins = [round(total / n, 5) if n else None for total, n in zip(*self.ranks.sum(self.segments).tolist())]
-        self.segments.zero_()
         then, before = self.since
         self.since = (time.perf_counter(), step)
         seconds = (self.since[0] - then) / max(1, step - before)
@@ -331,7 +388,7 @@ class Log:
             self.bar.write(f"{rate} images/s: {left} to go; for less, --steps or --size")
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {1e3 * seconds:.0f} ms, {rate:.0f} images/s", False)
         if self.ranks.main:
-            print(json.dumps({"step": step, **values, "bins": bins, "images_per_second": rate}), file=self.file)
+            print(json.dumps({"step": step, **values, "images_per_second": rate}), file=self.file)
 
     def due(self, end):
         """Whether to write a checkpoint now: where --save-every is left open above nano, at most one an hour."""
@@ -339,13 +396,13 @@ class Log:
         self.saved = self.saved if early else time.perf_counter()
         return end or not early
 
-    def close(self, out, step):
-        """The last line on the terminal, when all processes are done."""
+    def close(self, out, step, then):
+        """The last line on the terminal, when all processes are done: what there is, and what comes `then`."""
         self.ranks.any_process()
         self.bar.close()
-        how = f" of {self.args.steps}, interrupted; run the same command without --fresh to resume"
+        then = then if step == self.args.steps else "interrupted; run the same command without --fresh to resume"
         if self.ranks.main:
-            print(f"{out}: step {step}{how if step < self.args.steps else ''}")
+            print(f"{out}: step {step} of {self.args.steps}; pictures in {out.with_suffix('.png')}; {then}")
 
 def save_run(path, step, args, model, digest, optimizer, ema):
     """A checkpoint from which the run can go on."""
@@ -488,8 +545,7 @@ class Pictures(torch.utils.data.Dataset):
             tops = [str(plan.digit) for plan in self.plans]
             stamp = f"digits {seed} {DIGITS} {captions}"
         else:
-            listing = functools.partial(list_files, self.source)
-            self.found = ranks.once(listing) if ranks else listing()
+            self.found = ranks.once(lambda: list_files(self.source)) if ranks else list_files(self.source)
             self.names = [name for name in self.found if name.lower().endswith(fid.SUFFIXES)]
             if len(self.names) < 2:
                 raise UserError(f"{source}: no pictures in it, or only one; expected {', '.join(fid.SUFFIXES)} files")
@@ -570,23 +626,28 @@ def load_batches(pictures, order, device, workers=None):
 
 # ---- Shared: options
 def common_options(p):
-    """The options of both trainers."""
-    p.section = p.add_argument_group("data and output")
+    """The options of both trainers, in the groups of --help."""
+    p.sections = {name: p.add_argument_group(name) for name in ("data", "model", "optimisation", "rarely needed")}
+    p.section = p.sections["data"]
     p.add("--data", None, "folder (sub-folders are classes), .tar, folder of .tar shards, or .jsonl; default: digits")
     p.add("--out", "out", "folder for checkpoint, log and pictures")
     p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
     p.add("--fresh", False, "start anew, over what lies in --out", action="store_true")
-    p.section = p.add_argument_group("optimisation")
-    p.add("--size", None, "of the networks (default: that of the checkpoint to begin with, or nano)", choices=[*SIZES])
+    p.section = p.sections["model"]
+    p.add("--size", None, "default: that of the checkpoint to begin with, or nano", choices=[*SIZES])
+    p.section = p.sections["optimisation"]
     p.add("--steps", None, "optimizer steps in all", type=whole(1))
     p.add("--batch", None, "pictures a step, over all GPUs and accumulation", type=whole(1))
+    p.add("--accumulate", 1, "cut each GPU's part of the batch into so many pieces, to save memory", type=whole(1))
+    p.add("--optimizer", None, "default: muon in nano's stage 1, else adamw", choices=["adamw", "muon"])
     p.add("--lr", None, "AdamW learning rate after warm-up", type=number(0))
+    p.add("--muon-lr", 0.02, "Muon's learning rate after warm-up", type=number(0))
     p.add("--warmup", None, "steps of linear warm-up", type=whole(0))
     p.add("--ema", None, "decay of the averaged weights", type=number(0, 1))
     p.add("--clip-grad", 1.0, "largest norm of the gradient; 0 is none", type=number(0))
     p.add("--seed", 0, "seed of weights, picture order and noise", type=whole(0))
-    p.section = p.add_argument_group("running")
-    p.add("--accumulate", 1, "cut each GPU's part of the batch into this many pieces to save memory", type=whole(1))
+    p.section = p.sections["rarely needed"]
+    p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see README", choices=["exact"])
     p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
     p.add("--save-every", None, "steps between saves (nano: 500, 1000; else 10,000, at most hourly)", type=whole(1))
     p.add("--device", "auto", "auto is cuda where there is one, else cpu", choices=["auto", "cpu", "cuda", "mps"])
@@ -604,7 +665,7 @@ def fill_defaults(args, paper, nano, model=None):
         args.size = next((size for size, shape in SIZES.items() if shape["decoder"]["width"] == width), None)
         if not args.size:
             raise UserError(f"--size: the checkpoint's decoder is {width} wide, unlike {', '.join(SIZES)}; give it")
-    for name, value in (nano if args.size == "nano" else paper).items():
+    for name, value in {"optimizer": "adamw", **(nano if args.size == "nano" else paper)}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
 

@@ -28,14 +28,13 @@ from tokenizer import ClipText, UserError, WordEncoder, load_text_encoder
 from train_stage1 import EMA, SIZES, Log, Pictures, generator
 
 PAPER = dict(steps=700_000, batch=256, lr=1e-4, warmup=2000, decay=False, ema=0.9999, save_every=10_000)
-NANO = dict(steps=1400, batch=256, lr=2e-3, warmup=100, decay=True, ema=0.995, save_every=1000)
-NANO_TEXT = {**NANO, "steps": 850}  # text triples the cost of a step
+NANO = dict(steps=3200, batch=128, lr=3e-3, warmup=100, decay=True, ema=0.995, save_every=1000)
 
 def main():
     """Stage 2 from the command line: the tokens once, then the loop over them. Raises UserError."""
     args = options()
     model = RepTok.load(args.stage1)
-    shared.fill_defaults(args, PAPER, NANO_TEXT if args.captions else NANO, model)
+    shared.fill_defaults(args, PAPER, {**NANO, "steps": 2000 if args.captions else NANO["steps"]}, model)
     ranks = Ranks(args.device, args.dtype, args.batch, args.accumulate)
     device = ranks.device
     model.to(device)
@@ -67,9 +66,8 @@ def main():
     width = model.mixer.config["text_width"]
     model.tokenizer.requires_grad_(False)
     model.decoder.requires_grad_(False)
-
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # Mixer, small text encoder
-    optimizer = shared.adamw(trained, args)
+    optimizer = shared.new_optimizer(trained, args)
     ema = EMA(trained, args.ema)
     first = shared.restore(saved, optimizer, ema) if saved else 0
     mixer = ranks.wrap(model.mixer, args.compile)  # the same networks, with gradients averaged over all processes
@@ -88,7 +86,6 @@ def main():
         classes = torch.where(keep, classes, len(model.classes))  # the last number is "none"
         if words:
             words[1] = words[1] & keep[:, None]  # the mask (B,L) of features (B,L,C) or ids (B,L); False is no text
-
         means = torch.zeros(1, device=device)
         pieces = zip(*(u.to(device, non_blocking=True).chunk(args.accumulate) for u in (z, t, noise, classes, *words)))
         for n, (z, t, noise, classes, *words) in enumerate(pieces, 1):
@@ -105,14 +102,12 @@ def main():
             loss = flow.mean()
             (loss / args.accumulate).backward()
             means += loss.detach() / args.accumulate
-            log.add_by_time(t, flow.detach())
 
         norm = nn.utils.clip_grad_norm_(trained.values(), args.clip_grad or math.inf)
         rate = shared.set_learning_rate(optimizer, step, args)
         optimizer.step()
         optimizer.zero_grad()
         ema.update(step)
-
         end = step + 1 == args.steps or ranks.any_process(signals)
         save = end or (step + 1) % args.save_every == 0
         log.bar.update()
@@ -121,13 +116,14 @@ def main():
             log.write(step + 1, loss=loss, norm=norm.item(), lr=rate)  # raises on NaN
         if save and ranks.main and log.due(end):
             shared.save_run(out, step + 1, args, model, digest, optimizer, ema)
+        if ranks.main and (end or shared.picture_due(step + 1, args.steps)):
             with ema.applied(), torch.no_grad(), ranks.autocast():
                 condition = preview(model, pictures, width)
                 z = model.generate(steps=20, **condition)
                 sample.save_grid(out.with_suffix(".png"), model.decode(z, steps=20).split(8))
         if end:
             break
-    log.close(out, step + 1)
+    log.close(out, step + 1, f"flow loss {loss:.4f}; next: python sample.py --ckpt {out}")
 
 # ---- Below: the Mixer of a run, text, and the command line
 def new_mixer(args, K, D, classes, text_width=None):
@@ -156,13 +152,12 @@ def text_source(args, pictures, ranks):
     """What reads the captions (CLIP, a small encoder trained along, None for features) and its width. UserError."""
     if args.clip:
         text = ClipText(load_text_encoder(ranks.fetch(args.clip), args.gelu), args.bpe)
-        return text, text.width
-    if pictures.made:
+    elif pictures.made:
         return None, pictures.features(0)[0].shape[1]
-    captions = (caption for i in range(len(pictures)) for caption in pictures.captions(i))
-    words = sorted({word for caption in captions for word in WordEncoder.split(caption)})
-    print("No language model given: a small encoder of words is trained along; real use takes --clip, or features")
-    text = WordEncoder(words)
+    else:
+        print("No language model given: a small encoder of words is trained along; real use takes --clip, or features")
+        captions = (caption for i in range(len(pictures)) for caption in pictures.captions(i))
+        text = WordEncoder(sorted({word for caption in captions for word in WordEncoder.split(caption)}))
     return text, text.width
 
 class Captioned(Pictures):
@@ -244,13 +239,14 @@ def options():
     """The command line of stage 2."""
     p = sample.Parser(__doc__)
     shared.common_options(p)
-    p.section = p.add_argument_group("stage 2")
+    p.section = p.sections["model"]
     p.add("--stage1", None, "checkpoint of stage 1, ours or the authors' (default: OUT/stage1.pt)")
     p.add("--captions", None, "captioned pictures, instead of --data; alone: captioned digits", nargs="?", const=True)
     p.add("--clip", None, "CLIP file that reads captions; default: features beside the pictures, or a small encoder")
     p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
-    p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see README", choices=["exact"])
+    p.section = p.sections["optimisation"]
     p.add("--label-drop", 0.1, "share of labels or captions dropped, for guidance", type=number(0, 1))
+    p.section = p.sections["rarely needed"]
     p.add("--channel-expansion", 4, "channel MLPs are so many times as wide as the Mixer", type=whole(1))
     p.add("--token-expansion", 2, "token MLPs are so many times as wide as the sequence", type=whole(1))
     args = p.parse_args()
