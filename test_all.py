@@ -1562,6 +1562,22 @@ def test_readme_commands_run(trained, tmp_path, monkeypatch):
     made = {path.name for path in tmp_path.rglob("*.p[nt]*")}
     assert {"stage1.png", "stage2.png", "samples.png", "reconstructions.png", "between.png", "small.pt"} <= made
 
+def tour(folder):
+    """Run the blocks of docs/tour.md in order, in `folder`, where out/stage2.pt is and their pictures will be."""
+    blocks = re.findall(r"<!-- tour -->\n```python\n(.*?)```", PAGES[HERE / "docs" / "tour.md"], re.S)
+    names = {}
+    with contextlib.chdir(folder):
+        for block in blocks:
+            exec(block, names)
+    return len(blocks)
+
+def test_tour(trained, tmp_path):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    assert tour(tmp_path) == 10
+    for i in range(1, 11):
+        made, shown = (Image.open(folder / f"tour_{i}.png") for folder in (tmp_path, HERE / "docs"))
+        assert made.size == shown.size and np.asarray(made).std() > 0
+
 def test_readme_links():
     """Files and pictures are there; links to lines lead to what they name."""
     links = [(page, *link) for page, text in PAGES.items() for link in re.findall(r"\[(.*?)\]\((?!http)(.*?)\)", text)]
@@ -2016,6 +2032,7 @@ def options():
     p.add("--experiment", None, "train and score the rows of a table of docs/experiments.md", choices=[*EXPERIMENTS])
     p.add("--seeds", [0, 1, 2], "of it; several processes may share the work", nargs="+", type=sample.whole(0))
     p.add("--out", "experiments", "folder of its networks, table (.jsonl) and plot (.png)")
+    p.add("--tour", None, "make the pictures of docs/tour.md again, from this checkpoint")
     p.add("--bench", None, "time the networks of this size, and others' code beside ours", choices=[*one.SIZES])
     p.add("--batch", None, "pictures a call in its first table (default: by size and device)", type=sample.whole(1))
     p.add("--device", "auto", "of that table", choices=["auto", "cpu", "cuda", "mps"])
@@ -2030,10 +2047,16 @@ def main():
     if args.bench:
         bench(args)
         return bench_peers()
+    if args.tour:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "out").mkdir()
+            shutil.copy(args.tour, Path(folder, "out", "stage2.pt"))
+            tour(folder)
+            return [shutil.copy(path, HERE / "docs") for path in Path(folder).glob("tour_*.png")]
     if args.experiment:
         return experiment(args.experiment, args.out, args.seeds)
     if not args.score:
-        raise tok.UserError("give --score, --experiment or --bench; the tests: python -m pytest -q test_all.py")
+        raise tok.UserError("give --score, --experiment, --tour or --bench; the tests: python -m pytest -q test_all.py")
     models = [RepTok.load(path) for path in args.score]
     if any(model.mixer and model.mixer.cross for model in models):
         return [score_prompts(model) for model in models]
