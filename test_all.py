@@ -1938,22 +1938,21 @@ def experiment(name, folder, seeds=(0, 1, 2)):
     def read():
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for seed, (row, options) in itertools.product(seeds, EXPERIMENTS[name].items()):
-        if any((done["row"], done["seed"]) == (row, seed) for done in read()):
+        if any((done.get("network", done["row"]), done["seed"]) == (row, seed) for done in read()):
             continue
         encoder, out = Path(folder, f"encoder-{seed}", "encoder.pt"), re.sub(r"[^\w.]+", "-", f"{row} {seed}")
         if not encoder.exists():
             run("train_stage1.py", encoder.parent.name, "--seed", seed, "--steps", 1, *SETTING["encoder"].split())
         options = ["--encoder", encoder, "--seed", seed, *SETTING["stage1"].split(), *options.split()]
-        if not Path(folder, out, "stage2.pt").exists() or name != "evaluations":
-            run("train_stage1.py", out, *options)
-            run("train_stage2.py", out, "--seed", seed, *SETTING["stage2"].split())
+        run("train_stage1.py", out, *options)
+        run("train_stage2.py", out, "--seed", seed, *SETTING["stage2"].split())
         model = RepTok.load(Path(folder, out, "stage2.pt"))
         made = measure(name, model, judge, {"row": row, "seed": seed})
         with open(path, "a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in made))
     rows = read()
     names = [row for row in EXPERIMENTS[name] if name != "evaluations"] or list(dict.fromkeys(r["row"] for r in rows))
-    columns = [column for column in rows[0] if column not in ("row", "seed")]
+    columns = [column for column in rows[0] if column not in ("row", "seed", "network")]
     print(f"\n| {name} | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
     for row in names:
         values = [[done[column] for done in rows if done["row"] == row] for column in columns]
@@ -1967,7 +1966,7 @@ def measure(name, model, judge, row):
     z = model.encode(judge.real)
     if name == "evaluations":
         images = {n: model.decode(z, n) for n in (1, 2, 5, 10, 20, 50)}
-        return [{**row, "row": f"{n} evaluations", "evaluations": n, "PSNR": judge.psnr(x),
+        return [{**row, "network": row["row"], "row": f"{n} evaluations", "evaluations": n, "PSNR": judge.psnr(x),
                  "read right, %": judge.right(x, judge.labels), "distance": judge.distance(x)}
                 for n, x in images.items()]
     classes = torch.arange(10).repeat_interleave(SETTING["pictures"])
@@ -2006,7 +2005,8 @@ def test_experiments(trained, tmp_path, monkeypatch, capsys):
     tiny = f"--steps 2 --batch 8 --data {trained / 'data'}"
     quick = {"encoder": f"--pretrain labels --pretrain-steps 40 {tiny}", "stage1": tiny, "stage2": tiny, "pictures": 2}
     monkeypatch.setattr(test_all, "SETTING", quick)
-    monkeypatch.setattr(test_all, "EXPERIMENTS", {"token": {"frozen": "--unfreeze none", "tuned": "--lam 0"}})
+    monkeypatch.setattr(test_all, "EXPERIMENTS", {"token": {"frozen": "--unfreeze none", "tuned": "--lam 0"},
+                                                  "evaluations": {"tuned": "--lam 0"}})
     pictures, labels, _ = digits(60, HELD)
     judge = Judge.__new__(Judge)
     judge.real, judge.labels = judge.train = pictures / 127.5 - 1, labels
@@ -2018,8 +2018,11 @@ def test_experiments(trained, tmp_path, monkeypatch, capsys):
     assert [row["row"] for row in rows] == ["frozen", "tuned"] and "| tuned |" in capsys.readouterr().out
     assert all(row["neighbours by z, %"] == 100 for row in rows)  # each picture is among those known
     assert Image.open(tmp_path / "token.png").size == (900, 560)
+    experiment("evaluations", tmp_path, seeds=(0,))
+    assert "| 50 evaluations |" in capsys.readouterr().out and (tmp_path / "evaluations.png").exists()
     monkeypatch.setattr(subprocess, "run", Mock(side_effect=RuntimeError))
-    experiment("token", tmp_path, seeds=(0,))
+    for name in ("token", "evaluations"):
+        experiment(name, tmp_path, seeds=(0,))
 
 def options():
     p = sample.Parser("Scores and timings; the tests are run by python -m pytest -q test_all.py")
@@ -2048,6 +2051,7 @@ def main():
         bench(args)
         return bench_peers()
     if args.tour:
+        RepTok.load(args.tour)  # refuses what is none
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "out").mkdir()
             shutil.copy(args.tour, Path(folder, "out", "stage2.pt"))

@@ -184,7 +184,7 @@ def pretrained(args, pictures, ranks):
         labels = args.pretrain == "labels"  # then class tokens tell the class alone, and patches their own pixels
         if labels and not pictures.classes:
             raise UserError("--pretrain labels: these pictures lie in no class folders; use --pretrain self")
-        tellers, side = (slice(1 + args.registers, None), 4) if labels else (slice(1), args.pixels)
+        drawing, side = (slice(1 + args.registers, None), 4) if labels else (slice(1), args.pixels)
         vit = new_vit(args).to(ranks.device)
         widths = 3 * side**2, max(1, len(pictures.classes))
         head = nn.ModuleList(nn.Linear(vit.pos_embed.shape[-1], width) for width in widths).to(ranks.device)
@@ -199,16 +199,16 @@ def pretrained(args, pictures, ranks):
             tokens = vit(x)                                                                           # (2B,1+R+N,D)
             z = tokens[:, 0]                                                                              # (2B,D)
             aim = F.cross_entropy(head[1](z), y.repeat(2).to(z.device)) if labels else tok.contrastive_loss(*z.chunk(2))
-            told = head[0](tokens[:, tellers]) - F.unfold(x, side, stride=side).mT                        # (2B,n,3ss)
-            (aim + 10 * told.square().mean()).backward()
+            error = head[0](tokens[:, drawing]) - F.unfold(x, side, stride=side).mT                       # (2B,n,3ss)
+            (aim + 10 * error.square().mean()).backward()  # the first alone would drop colour and pose
             for group in optimizer.param_groups:  # 50 steps up, 1 for a half, down to .05: better here than a cosine
                 group["lr"] = group["rate"] * min(1, (step + 1) / 50, 0.05 + 1.9 * (1 - step / plan.steps))
             optimizer.step()
             optimizer.zero_grad()
             if picture_due(step + 1, plan.steps):
                 with torch.no_grad():
-                    told = F.fold(head[0](vit(shown)[:, tellers]).mT, shown.shape[-2:], side, stride=side)
-                    sample.save_grid(path.with_name("stage1.png"), [shown, told])
+                    drawn = F.fold(head[0](vit(shown)[:, drawing]).mT, shown.shape[-2:], side, stride=side)
+                    sample.save_grid(path.with_name("stage1.png"), [shown, drawn])
         content = {"kind": "encoder", "settings": settings, "config": vit.config, "state": vit.cpu().state_dict()}
         save_checkpoint(path, content)
     ranks.any_process()  # the others wait for the file
