@@ -130,9 +130,9 @@ class Decoder(nn.Module):
                  learned_positions=False):
         super().__init__()
         if size % patch:
-            raise UserError(f"latents of size {size} do not divide into patches of {patch}: choose another image size")
+            raise UserError(f"latents of size {size} do not divide into patches of {patch}; choose other --pixels")
         if width % (8 * heads):
-            raise ValueError(f"width {width} must be a multiple of 8 * {heads} heads")  # pairs, two axes, half a head
+            raise ValueError(f"width {width} must be a multiple of 8 * {heads} heads")  # 2 (pair) * 2 (axes) * 2 (half)
         self.config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.patch = patch
         self.width = width
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
         self.token_ln = nn.LayerNorm(width)
         self.patch_in = nn.Linear(patch * patch * channels, width, bias=False)
         self.merge = nn.Linear(width, width, bias=False)
-        # RoPE alone learns slowly where a patch is; the nano size trains too short for that
+        # with RoPE alone, positions are learned too slowly for nano's short training
         self.patch_pos = nn.Parameter(0.5 * torch.randn(1, (size // patch) ** 2, width)) if learned_positions else 0
         self.blocks = nn.ModuleList(Block(width, heads, mapping) for _ in range(depth))
         self.norm_out = RMSNorm(width)
@@ -195,7 +195,7 @@ class Decoder(nn.Module):
         x = self.merge(torch.cat([projected, x], 1))                                   # (B,K+N,width)
         rotary = self.rotary(H // p)
         for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():  # keep only each block's input and run the block twice
+            if self.checkpointing and torch.is_grad_enabled():  # recompute activations in the backward pass
                 x = torch.utils.checkpoint.checkpoint(block, x, c, rotary, use_reentrant=False)
             else:
                 x = block(x, c, rotary)

@@ -89,7 +89,7 @@ def mixed_8(c_in, pool):
 
 class Inception(nn.Sequential):
     """uint8 pictures (B,3,H,W) of any size -> pooled features (B,2048) float32. `resize` is "pytorch-fid" (bilinear
-    with a half-pixel shift, [-1,1]) or "tf1" (torch-fidelity and the original: without it, (x - 128) / 128)."""
+    with a half-pixel shift, [-1,1]) or "tf1" (torch-fidelity and the original: no shift, (x - 128) / 128)."""
     def __init__(self, resize):
         super().__init__()
         self.resize = resize
@@ -122,7 +122,7 @@ class Inception(nn.Sequential):
     def prepare(self, x):
         """uint8 (B,3,H,W) -> float32 (B,3,299,299)."""
         if x.dtype != torch.uint8 or self.resize not in ("pytorch-fid", "tf1"):
-            raise TypeError(f"uint8 (see to_uint8) by 'pytorch-fid' or 'tf1', not {x.dtype} by {self.resize!r}")
+            raise TypeError(f"need uint8 (to_uint8) and 'pytorch-fid' or 'tf1', not {x.dtype}, {self.resize!r}")
         if self.resize == "pytorch-fid":
             return 2 * F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) - 1
         x = F.pad(x.float(), (0, 1, 0, 1), mode="replicate")    # H + 1 rows to 300: row i is taken at i H / 299
@@ -167,7 +167,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     mu1, cov1, mu2, cov2 = (np.asarray(x, np.float64) for x in (mu1, cov1, mu2, cov2))
     shapes = [x.shape for x in (mu1, mu2, cov1, cov2)]
     if shapes != [mu1.shape] * 2 + [2 * mu1.shape] * 2 or not all(np.isfinite(x).all() for x in (mu1, mu2, cov1, cov2)):
-        raise UserError(f"mu and covariance are no finite statistics of one size (N > 1): {shapes}")
+        raise UserError(f"mu and covariance must be finite and of one size, with N > 1: {shapes}")
     rounding = len(mu1) * np.finfo(np.float64).eps
     values, vectors = (x.numpy() for x in torch.linalg.eigh(torch.tensor(cov1)))    # twice as fast as numpy's
     a = (vectors * np.sqrt(values.clip(0)))[:, values > values.max() * rounding]    # (D,rank of C1)
@@ -177,11 +177,11 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 
 def fid(real, fake):
     """FID of two Statistics, or of what read_statistics returns. UserError where their features were made differently.
-    Warns on stderr where few pictures bias it; where a file does not say N, it is the rank of the covariance + 1."""
+    Warns on stderr if too few pictures bias FID. If a file gives no N, the covariance's rank + 1 is used."""
     for key in ("resize", "inception"):
         known = {getattr(real, key), getattr(fake, key)} - {None}
         if len(known) > 1:
-            raise UserError(f"features of unlike {key} do not compare: {' and '.join(sorted(known))}")
+            raise UserError(f"features do not compare: {key} {' and '.join(sorted(known))}; use one")
     score = frechet_distance(real.mu, real.cov, fake.mu, fake.cov)
     n, m = (side.n or int(np.linalg.matrix_rank(side.cov, hermitian=True)) + 1 for side in (real, fake))
     if min(n, m) <= len(real.mu):
@@ -345,7 +345,7 @@ def read_bytes(place):
 
 def decode(file, pixels=None):
     """A picture's path or open file -> uint8 (H,W,3); 16-bit grey is divided by 257. Raises what Pillow raises. With
-    `pixels`, the side it will be cut to, EXIF turns it and a large JPEG is read smaller; pytorch-fid does neither."""
+    `pixels`, the final side, EXIF rotates it and a large JPEG is decoded smaller; pytorch-fid does neither."""
     with Image.open(file, formats=FORMATS) as image:
         if image.mode == "F":
             raise ValueError("its pixels are floats of unknown range")
@@ -401,7 +401,7 @@ def record(metric, value, reference, n_real, n_fake, preprocessing=None, weights
     return {"metric": metric, "value": value if math.isfinite(value) else str(value), **facts}
 
 def write_file(path, write):
-    """write(binary file) beside `path`, then rename: `path` is whole or as it was. UserError where that fails."""
+    """Write a temporary file, then rename it: `path` is complete or unchanged. UserError where that fails."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
@@ -417,7 +417,7 @@ def pairs(real, fake, lpips, device):
     a, b = ([os.path.splitext(name)[0] for name in pictures(source)[0]] for source in (real, fake))
     lonely = [f"{name} of {real if name in a else fake}" for name in sorted(set(a) ^ set(b))]
     if lonely or len(a) != len(b):
-        raise UserError(f"{len(lonely)} without a partner: {', '.join(lonely[:5])}")
+        raise UserError(f"{len(lonely)} without a partner: {', '.join(lonely[:5])}; names must pair one to one")
     net = LPIPS(*lpips).to(device)
     total = Statistics(3)
     for (name, x), (_, y) in tqdm(zip(images(real), images(fake)), "pairs", len(a), leave=False, disable=None):

@@ -107,7 +107,7 @@ class Mixer(nn.Module):
             tokens.append(self.label(classes)[:, None])                                # (B,1,D)
         if self.cross:
             tokens.append(self.queries.expand(B, -1, -1))                              # (B,4,D)
-            # attention needs at least one word: if the mask is all False, a learned one takes the first place
+            # attention needs at least one word: if the mask is all False, null_text replaces the first
             empty = ~mask.any(1, keepdim=True)                                         # (B,1)
             first = torch.arange(mask.shape[1], device=mask.device) == 0               # (L,)
             null = empty & first                                                       # (B,L)

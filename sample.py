@@ -89,7 +89,7 @@ class RepTok(nn.Module):
 
     def noise(self, seeds, mixer=False):
         """Where the decoder's flow starts, (B,C,size,size), or the Mixer's, (B,K,D): one seed a picture. The Mixer
-        takes other seeds than the decoder, the upper half of the 2**32: in training their noise is independent too."""
+        adds 2**31 to its seeds, so that its noise is independent of the decoder's, as in training."""
         size = self.decoder.config["size"]
         shape = (self.mixer.K, self.mixer.D) if mixer else (self.decoder.config["channels"], size, size)
         draws = [torch.Generator().manual_seed(seed + 2**31 * mixer) for seed in seeds]
@@ -116,7 +116,7 @@ class RepTok(nn.Module):
     def prompts(self, strings):
         """Strings -> (text (B,L,C), mask (B,L)) for `generate`. Raises UserError where the checkpoint cannot read."""
         if self.text is None:
-            raise UserError("this checkpoint has no text encoder, and takes no text or only --features")
+            raise UserError("this checkpoint has no text encoder: give --classes, or --features")
         ids = self.text.ids(strings).to(self.device)
         return self.text(ids), self.text.mask(ids)
 
@@ -158,11 +158,11 @@ def load_checkpoint(path, kinds):
     content = tok.read_file(path)
     kind = content.get("kind", "the authors' RepTok" if "state_dict" in content else "something else")
     if kind not in kinds:
-        raise UserError(f"{path}: not a checkpoint of {' or '.join(kinds)}, but of {kind}; give the right file")
+        raise UserError(f"{path}: expected a checkpoint of {' or '.join(kinds)}, found {kind}; give another")
     return content
 
 def save_checkpoint(path, content):
-    """Write beside `path`, then rename: `path` is whole or as it was. Raises UserError where that is not possible."""
+    """Write a temporary file, then rename it: `path` is complete or unchanged. UserError where that fails."""
     fid.write_file(path, lambda f: torch.save(content, f))
 
 def load_picture(file, pixels):
@@ -196,16 +196,19 @@ def save_grid(path, rows):
 class Parser(argparse.ArgumentParser):
     """argparse that shows every default, takes no abbreviations and refuses in one line."""
     def __init__(self, doc):
-        form = functools.partial(argparse.RawDescriptionHelpFormatter, width=118, max_help_position=27)
+        form = functools.partial(argparse.RawDescriptionHelpFormatter, width=118, max_help_position=33)
         first = "\n\n".join(doc.split("\n\n")[:2])
-        super().__init__(usage="%(prog)s [options]", description=first, allow_abbrev=False, formatter_class=form)
+        super().__init__(usage="%(prog)s [options]; -h shows this", description=first, allow_abbrev=False,
+                         formatter_class=form, add_help=False)
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         self.section = self  # of --help, in which the next options stand
 
     def add(self, name, default=None, help="", **kwargs):
         """add_argument with the default in the help text."""
         shown = "" if default is None or default is False else f" (default: {default})"
-        value = {} if "action" in kwargs else {"metavar": "|".join(kwargs.get("choices", [name[2:].upper()]))}
-        self.section.add_argument(name, default=default, help=help + shown, **value, **kwargs)
+        word = "N" if "type" in kwargs else "FILE" if "nargs" in kwargs else name[2:].upper()
+        value = {} if "action" in kwargs else {"metavar": "|".join(kwargs.get("choices", [word]))}
+        self.section.add_argument(name, default=default, help=help + shown, **{**value, **kwargs})
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
@@ -253,14 +256,14 @@ class Ranks:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         if batch % (self.world * pieces):
-            raise UserError(f"--batch: not a multiple of {self.world} processes x --accumulate {pieces}")
+            raise UserError(f"--batch {batch}: give a multiple of {self.world} processes x --accumulate {pieces}")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"  # not mps, which lacks some operations
         elif device != "cpu" and not getattr(torch, device).is_available():
             raise UserError(f"--device {device}: this machine has none; use --device auto")
         local = int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None
         if device == "cuda" and local >= torch.cuda.device_count():
-            raise UserError(f"--nproc-per-node: more processes than this machine's {torch.cuda.device_count()} GPUs")
+            raise UserError(f"--nproc-per-node: give at most {torch.cuda.device_count()}, the GPUs of this machine")
         self.device = torch.device(device, local)
         if device == "cuda":
             torch.cuda.set_device(self.device)
@@ -286,7 +289,7 @@ class Ranks:
         return bool(self.sum(torch.tensor(len(found))))
 
     def once(self, function):
-        """What function() returns in the first process, in all of them."""
+        """Runs function() in the first process, returns its result in all."""
         found = [function() if self.main else None]
         if self.world > 1:
             dist.broadcast_object_list(found)
@@ -316,8 +319,8 @@ def options():
     p.add("--ckpt", None, "checkpoint: stage1.pt, stage2.pt, an export, or the authors'", required=True)
     p.section = p.add_argument_group("what to do; default: generate pictures of all classes, up to ten")
     p.section = p.section.add_mutually_exclusive_group()
-    p.add("--classes", None, "generate these classes, by name or number, a row of pictures each", nargs="+")
-    p.add("--prompt", None, "generate from a prompt, a row each; may be given several times", action="append")
+    p.add("--classes", None, "generate these classes, by name or number, one row each", nargs="+", metavar="CLASS")
+    p.add("--prompt", None, "generate from a prompt; several --prompt give one row each", action="append")
     p.add("--prompts", None, "the same from a file with a prompt a line, or .jsonl with a caption a line")
     p.add("--features", None, "generate from text features (L,C) made beforehand, .npz, a row each", nargs="+")
     p.add("--reconstruct", None, "encode and decode these pictures, or those of a folder", nargs="+")
@@ -329,14 +332,14 @@ def options():
     p.add("--steps", 50, "Euler steps of Mixer and decoder", type=whole(1))
     p.add("--cfg", 1.5, "guidance scale; 1 is none", type=number(0))
     p.add("--cfg-interval", [0.3, 0.9], "guidance acts while t is between these", nargs=2, type=number(0, 1))
-    p.add("--seed", 0, "seed of the first picture; the next ones count on", type=whole(0))
+    p.add("--seed", 0, "seed of the first picture; each next one adds 1", type=whole(0))
     p.section = p.add_argument_group("many pictures, for scores; rarely needed")
-    p.add("--save", None, "write a file a picture into this folder instead: generated/, or real/ and reconstructed/")
+    p.add("--save", None, "folder for one file per picture, not --out: generated/, or real/ and reconstructed/")
     p.add("--num", None, "pictures for --save to generate (default: --per-class of each)", type=whole(1))
     p.add("--batch", 50, "pictures at once for --save", type=whole(1))
     p.add("--clip", None, "CLIP file, to print the CLIP score of --save's pictures and their prompts")
     p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
-    p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see README", choices=["exact"])
+    p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see docs/weights.md", choices=["exact"])
     p.add("--device", "auto", "auto is cuda where there is one, else cpu", choices=["auto", "cpu", "cuda", "mps"])
     p.add("--dtype", "auto", "auto: bfloat16 where the device is made for it", choices=["auto", "float32", "bfloat16"])
     args = p.parse_args()
@@ -347,11 +350,11 @@ def options():
     if args.save and (args.interpolate or args.export):
         raise UserError("--save does not go together with --interpolate or --export; leave it out")
     if args.cfg_interval[0] > args.cfg_interval[1]:
-        raise UserError("--cfg-interval: the first time is after the second; no guidance would act")
+        raise UserError("--cfg-interval: the first time must not be after the second")
     for name in ("out", "export"):
         path = getattr(args, name)
         if path and (not Path(path).parent.is_dir() or Path(path).is_dir()):
-            raise UserError(f"--{name} {path}: not the path of a file in a folder that is there")
+            raise UserError(f"--{name} {path}: give a file name in an existing folder")
     return args
 
 def main():
@@ -439,7 +442,7 @@ def class_numbers(model, wanted, most):
     number = {name: i for i, name in [*enumerate(map(str, range(count))), *enumerate(model.classes)]}
     for name in wanted:
         if name not in number:
-            raise UserError(f"--classes {name}: no such class; 0 to {count - 1} are: {' '.join(model.classes[:10])}")
+            raise UserError(f"--classes {name}: no such class; use 0 to {count - 1} or {' '.join(model.classes[:10])}")
     return [number[name] for name in wanted]
 
 def generate_images(model, wanted, seeds, args):

@@ -26,7 +26,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard d
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 class UserError(ValueError):
-    """An error that the user can correct: one sentence with the file or option, which scripts print and exit."""
+    """An error that the user can correct: one sentence naming the file or option. Scripts print it and exit."""
 
 class Attention(nn.Module):
     """Multi-head self-attention, (B,N,D) -> (B,N,D). The rows of `qkv` are q, k, v, each divided into heads."""
@@ -55,7 +55,7 @@ class MLP(nn.Module):
         return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
 
 class Block(nn.Module):
-    """Pre-norm transformer block, (B,N,D) -> (B,N,D); with layer_scale DINOv2's factor a channel on each branch."""
+    """Pre-norm transformer block, (B,N,D) -> (B,N,D). layer_scale: a factor per channel on each branch (DINOv2)."""
     def __init__(self, width, heads, hidden, eps, layer_scale=False, quick_gelu=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps)
@@ -83,8 +83,8 @@ class ViT(nn.Module):
         self.pixels = pixels
         self.checkpointing = False
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch, bias=patch_bias)})
-        self.cls_token = nn.Parameter(0.5 * torch.randn(1, 1, width))  # not the usual .02: from smaller values a few
-        self.register_tokens = nn.Parameter(0.5 * torch.randn(1, registers, width))  # hundred steps learn nothing
+        self.cls_token = nn.Parameter(0.5 * torch.randn(1, 1, width))  # 0.5, not the usual 0.02: with less,
+        self.register_tokens = nn.Parameter(0.5 * torch.randn(1, registers, width))  # a few hundred steps learn nothing
         self.pos_embed = nn.Parameter(0.5 * torch.randn(1, 1 + grid * grid, width))
         self.norm_pre = nn.LayerNorm(width, eps) if pre_norm else nn.Identity()
         hidden = hidden or 4 * width
@@ -118,7 +118,7 @@ class ViT(nn.Module):
         x = torch.cat([cls.expand(B, -1, -1), prefix[:, 1:].expand(B, -1, -1), patches], 1)  # (B,1+R+N,D)
         x = self.norm_pre(x)
         for block in self.blocks:
-            twice = self.checkpointing and torch.is_grad_enabled()  # keep only its input and run it again backwards
+            twice = self.checkpointing and torch.is_grad_enabled()  # recompute activations in the backward pass
             x = checkpoint(block, x, use_reentrant=False) if twice else block(x)
         return self.norm(x)
 
@@ -201,11 +201,11 @@ KINDS = "Double Float Half BFloat16 Bool Long Int Short Char Byte".split()  # to
 STORAGES = {f"torch.{kind}Storage": dtype for kind, dtype in zip(KINDS, DTYPES.values())}
 
 class Inert(dict):
-    """Stands for every class and function that a pickle names. It runs nothing and keeps a state as its items."""
+    """Placeholder for every class or function named in a pickle. Runs nothing; a pickled state becomes its items."""
     def __init__(self, *args, **kwargs):
-        """Takes any arguments and does nothing with them; so does a call of an instance."""
+        """Ignores its arguments; calling an instance does nothing either."""
 
-    # append, extend: items of a pickled subclass of list, which nobody reads; as_strided: complex or quantized numbers
+    # a pickle calls append and extend on list subclasses, as_strided on complex or quantized tensors: all ignored
     __call__ = append = extend = as_strided = __init__
     __hash__ = object.__hash__  # so that it can be a key
 
@@ -268,7 +268,7 @@ def read_file(path):
             return dict(SafeUnpickler(archive, file).load())
     except Exception as e:  # a damaged file can raise anything
         why = " ".join(str(e).split())[:120] or type(e).__name__
-        raise UserError(f"{path}: no whole weight file of safetensors or torch >= 1.6 ({why}); get it again") from None
+        raise UserError(f"{path}: damaged, or not a safetensors or torch >= 1.6 file ({why}); give another") from None
 
 def flatten(node, prefix=""):
     """{dotted name: tensor} of nested dicts and modules."""
@@ -293,7 +293,7 @@ def fit(module, tensors, path, what):
     try:
         module.load_state_dict(tensors, assign=True)  # assign: the module may have been made on the meta device
     except RuntimeError as e:
-        raise UserError(f"{path}: not {what}: {' '.join(str(e).split())[:500]}") from None
+        raise UserError(f"{path}: not {what}; give another file ({' '.join(str(e).split())[:500]})") from None
     return module
 
 # ---- Image encoders: a layout is a table of renamings into DINOv2's names
@@ -325,15 +325,15 @@ def rename(tensors, table):
     return out
 
 def heads_of(width):
-    """No file stores the number of heads: they are 64 wide, or 32 in tiny models. Raises ValueError if none fits."""
+    """Number of heads, which no file stores: each is 64 wide, or 32 in tiny models. ValueError if neither fits."""
     heads = max(1, width // (32 if width % 64 else 64))
     if width % heads:
-        raise ValueError(f"heads of 64 or 32 in tokens {width} wide")
+        raise ValueError(f"width {width} does not divide into heads of 64 or 32")
     return heads
 
 def vit_from(tensors, path, gelu=None):
     """A frozen ViT of the shapes found in `tensors`, named as by DINOv2 or as in a table above. Raises UserError.
-    gelu="exact": of CLIP files that were not trained with OpenAI's QuickGELU; names and shapes do not tell them."""
+    gelu="exact": for CLIP files not trained with OpenAI's QuickGELU; names and shapes do not show which they are."""
     what = "an image encoder (DINOv2, MAE or CLIP)"
     clip = "visual.class_embedding" in tensors or "vision_model.embeddings.class_embedding" in tensors
     tensors = {k: v for k, v in tensors.items() if not clip or k.startswith(("visual.", "vision_model."))}
@@ -357,7 +357,7 @@ def vit_from(tensors, path, gelu=None):
                       std=std, pixels=patch * (16 if dino else grid),
                       position="offset" if dino and not registers else "size")
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path}: not {what}; missing or misshapen: {e}; it holds {', '.join(tensors)[:200]}") from None
+        raise UserError(f"{path}: not {what}; give one (missing or bad: {e}; has {', '.join(tensors)[:200]})") from None
     return fit(vit, tensors, path, what).requires_grad_(False)
 
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
@@ -495,7 +495,7 @@ def load_text_encoder(path, gelu=None):
         with torch.device("meta"):  # no memory yet
             tower = TextTower(vocabulary, context, width, depth, tensors["text_projection"].shape[1], gelu != "exact")
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
-        raise UserError(f"{path}: not a CLIP text tower; missing or misshapen: {e}") from None
+        raise UserError(f"{path}: not a CLIP text tower; give one (missing or bad: {e})") from None
     return fit(tower, tensors, path, "a CLIP text tower").requires_grad_(False).eval()
 
 class WordEncoder(nn.Module):
@@ -517,7 +517,7 @@ class WordEncoder(nn.Module):
         return re.findall(r"\w+|[^\w\s]", caption.lower())
 
     def ids(self, captions):
-        """Captions, cut at `context` words -> (B,L) int64, 0 where nothing stands, 1 for an unknown word."""
+        """Captions, truncated to `context` words -> (B,L) int64: 0 for padding, 1 for an unknown word."""
         words = [self.split(caption)[:self.context] for caption in captions]
         rows = [torch.tensor([self.number.get(word, 1) for word in row] or [0]) for row in words]
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -7,8 +7,8 @@
 Writes OUT/stage1.pt (complete in itself), OUT/stage1.jsonl (one line per logged step), OUT/stage1.png (inputs above,
 reconstructions below) and, if it trains a small encoder first, OUT/encoder.pt. The same command resumes a stopped run.
 
-The method is the loop in `main`. Below it stands what stage 1 is built from, then what both trainers share. Letters:
-B pictures a step, b of one forward pass, K tokens a picture, D token width, S side of a picture, (C,h,w) a latent.
+The method is the loop in `main`. Below it: the parts of stage 1, then the code that both trainers share. Letters:
+B pictures per step, b per micro-batch, K tokens per picture, D token width, S side of a picture, (C,h,w) a latent.
 """
 import argparse
 import contextlib
@@ -80,7 +80,7 @@ def main():
     signals = catch_signals()  # a list, filled by Ctrl-C and SIGTERM
 
     for step, (x, _, indices) in enumerate(batches, first):                           # x (B of this process,3,S,S)
-        # Drawn for the whole batch in every process: neither processes nor accumulation change the sequence.
+        # Every process draws for the whole batch, so the numbers depend on neither processes nor accumulation.
         draw = generator(args.seed, step, device, stream=0)  # stage 2 uses 1
         t = torch.sigmoid(torch.randn(args.batch, generator=draw, device=device) + args.t_mean)           # (B,)
         noise = torch.randn(shape, generator=draw, device=device)                                         # (B,C,h,w)
@@ -89,10 +89,10 @@ def main():
         t, noise, vae_noise, mirror = (ranks.share(u) for u in (t, noise, vae_noise, mirror))
         x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
         means = torch.zeros(3, device=device)  # of loss, flow, cosine
-        pieces = zip(*(u.chunk(args.accumulate) for u in (x, indices, mirror, t, noise, vae_noise)))  # b of B below
+        pieces = zip(*(u.chunk(args.accumulate) for u in (x, indices, mirror, t, noise, vae_noise)))  # micro-batches
         for n, (x, indices, mirror, t, noise, vae_noise) in enumerate(pieces, 1):
             for network in (encode, velocity):
-                network.require_backward_grad_sync = n == args.accumulate  # DDP, if any, averages after the last piece
+                network.require_backward_grad_sync = n == args.accumulate  # DDP averages gradients after the last one
             with ranks.autocast():
                 mean, logvar, z0 = run_frozen(x, indices, mirror)  # VAE posterior, original tokens; perhaps cached
                 latents = vae.sample(mean, logvar, vae_noise)                                             # (b,C,h,w)
@@ -126,14 +126,14 @@ def main():
                 sample.save_grid(out.with_suffix(".png"), [shown[:10], decoded[:10]])
         if end:
             break
-    which = "pictures of those trained on" if pictures.source else "held-out digits"
+    which = "training pictures" if pictures.source else "held-out digits"
     psnr = fid.psnr(fid.to_uint8(shown.cpu()), fid.to_uint8(decoded.cpu())).mean() if ranks.main else 0
     log.close(out, step + 1, f"PSNR {psnr:.2f} dB on {which}; next: python train_stage2.py --out {args.out}")
 
 # ---- Below: what stage 1 is built from, and its command line
 def frozen_networks(args, tokenizer, vae, pictures, ranks):
-    """A function of images (b,3,S,S), their numbers (b,) and whether each is mirrored (b,). It returns what the frozen
-    networks give: mean and log-variance of the latents (b,C,h,w), z0 (b,K,D); with --cache, from a file."""
+    """Returns a function: images (b,3,S,S), their indices (b,), mirrored or not (b,) -> the frozen networks' outputs,
+    mean and log-variance of the latents (b,C,h,w), z0 (b,K,D); with --cache, from a file."""
     @torch.no_grad()
     def compute(x, *_):
         return [u.float() for u in (*vae.posterior(x), tokenizer.z0(x))]
@@ -152,12 +152,12 @@ def frozen_networks(args, tokenizer, vae, pictures, ranks):
 def build(args, pictures, ranks):
     """New networks for this run, on the CPU. Raises UserError."""
     if args.size != "nano" and not (args.vae and args.encoder):
-        raise UserError(f"--size {args.size}: give --encoder dinov2_vitb14_reg and --vae FILE; README, Weights")
+        raise UserError(f"--size {args.size}: give --encoder dinov2_vitb14_reg and --vae FILE; see docs/weights.md")
     vae = dec.load_vae(args.vae) if args.vae else dec.PixelSpace()
     if args.pixels % vae.factor:
-        raise UserError(f"--pixels {args.pixels} is not a multiple of the VAE's {vae.factor}")
+        raise UserError(f"--pixels {args.pixels}: the VAE needs a multiple of {vae.factor}")
     shape = dict(SIZES[args.size]["decoder"], channels=vae.channels, size=args.pixels // vae.factor)
-    dec.Decoder(**{**shape, "depth": 0})  # refuses sizes that do not divide, before anything takes time
+    dec.Decoder(**{**shape, "depth": 0})  # fails early if the size does not divide into patches
     path = args.encoder or pretrained(args, pictures, ranks)
     vit = new_vit(args) if path == "random" else tok.load_encoder(ranks.fetch(path), args.gelu)
     torch.manual_seed(args.seed)
@@ -181,33 +181,29 @@ def pretrained(args, pictures, ranks):
         refuse_changes(path, load_checkpoint(path, ["encoder"])["settings"], settings)
     elif ranks.main:
         print(f"No encoder given: a small ViT is trained on the pictures first (--pretrain {args.pretrain})")
-        labels = args.pretrain == "labels"  # then class tokens tell the class alone, and patches their own pixels
-        if labels and not pictures.classes:
-            raise UserError("--pretrain labels: these pictures lie in no class folders; use --pretrain self")
-        drawing, side = (slice(1 + args.registers, None), 4) if labels else (slice(1), args.pixels)
+        patches = args.pretrain == "patches"  # then the class token is free to drop colour
+        drawing, side = (slice(1 + args.registers, None), 4) if patches else (slice(1), args.pixels)
         vit = new_vit(args).to(ranks.device)
-        widths = 3 * side**2, max(1, len(pictures.classes))
-        head = nn.ModuleList(nn.Linear(vit.pos_embed.shape[-1], width) for width in widths).to(ranks.device)
+        head = nn.Linear(vit.pos_embed.shape[-1], 3 * side**2).to(ranks.device)
         plan = argparse.Namespace(batch=min(64, len(pictures)), steps=args.pretrain_steps, seed=args.seed + 1,
                                   optimizer="muon", lr=1e-3, muon_lr=0.01, rank=0, world=1)
         batches = load_batches(pictures, picture_order(len(pictures), plan, plan), ranks.device, args.workers)
         optimizer = new_optimizer(dict(vit.named_parameters()) | dict(head.named_parameters()), plan)
         shown = held_out(pictures, args, 10).to(ranks.device)
         draw = torch.Generator(ranks.device).manual_seed(args.seed)
-        for step, (x, y, _) in enumerate(tqdm(batches, "encoder", plan.steps, dynamic_ncols=True)):
+        for step, (x, *_) in enumerate(tqdm(batches, "encoder", plan.steps, dynamic_ncols=True)):
             x = torch.cat([tok.augment(x, draw), tok.augment(x, draw)])  # two views of each, (2B,3,S,S)
             tokens = vit(x)                                                                           # (2B,1+R+N,D)
-            z = tokens[:, 0]                                                                              # (2B,D)
-            aim = F.cross_entropy(head[1](z), y.repeat(2).to(z.device)) if labels else tok.contrastive_loss(*z.chunk(2))
-            error = head[0](tokens[:, drawing]) - F.unfold(x, side, stride=side).mT                       # (2B,n,3ss)
-            (aim + 10 * error.square().mean()).backward()  # the first alone would drop colour and pose
-            for group in optimizer.param_groups:  # 50 steps up, 1 for a half, down to .05: better here than a cosine
+            error = head(tokens[:, drawing]) - F.unfold(x, side, stride=side).mT                          # (2B,n,3ss)
+            loss = tok.contrastive_loss(*tokens[:, 0].chunk(2)) + 10 * error.square().mean()
+            loss.backward()
+            for group in optimizer.param_groups:  # warm-up 50 steps, flat to half, linear to .05: beats cosine here
                 group["lr"] = group["rate"] * min(1, (step + 1) / 50, 0.05 + 1.9 * (1 - step / plan.steps))
             optimizer.step()
             optimizer.zero_grad()
             if picture_due(step + 1, plan.steps):
                 with torch.no_grad():
-                    drawn = F.fold(head[0](vit(shown)[:, drawing]).mT, shown.shape[-2:], side, stride=side)
+                    drawn = F.fold(head(vit(shown)[:, drawing]).mT, shown.shape[-2:], side, stride=side)
                     sample.save_grid(path.with_name("stage1.png"), [shown, drawn])
         content = {"kind": "encoder", "settings": settings, "config": vit.config, "state": vit.cpu().state_dict()}
         save_checkpoint(path, content)
@@ -219,7 +215,7 @@ def picture_due(step, steps):
     return step == 50 or step % max(1, steps // 10) == 0
 
 def held_out(pictures, args, count):
-    """Images (count,3,S,S) to look at: digits that are not among those trained on, or the first of own pictures."""
+    """Images (count,3,S,S) to look at: held-out digits, or the first pictures of --data, which are trained on."""
     if pictures.source:
         return to_float(torch.stack([pictures[i][0] for i in range(min(count, len(pictures)))]))
     digits = [draw_digit(plan_digit(i, args.seed + 1), args.pixels) for i in range(count)]
@@ -238,7 +234,7 @@ def options():
     p = sample.Parser(__doc__)
     common_options(p)
     p.section = p.sections["model"]
-    p.add("--encoder", None, "DINOv2, MAE or CLIP file or name, encoder.pt, or 'random'; default: nano trains its own")
+    p.add("--encoder", None, "DINOv2, MAE or CLIP file or name, encoder.pt or 'random'; default: nano's own")
     p.add("--vae", None, "SD VAE file; default: nano works on pixels")
     p.add("--init", None, "checkpoint (ours or the authors') to fine-tune from")
     p.add("--pixels", None, "side of the pictures (default: 16 for nano, else 256)", type=whole(1))
@@ -249,9 +245,9 @@ def options():
     p.add("--token-lr", 1.0, "learning rate of the token embedding, as a multiple of --lr", type=number(0))
     p.add("--t-mean", None, "t = sigmoid(N(this,1)); negative values favour noise", type=number(-10, 10))
     p.section = p.sections["rarely needed"]
-    p.add("--cache", None, "keep what frozen networks give in a file (nano)", action=argparse.BooleanOptionalAction)
+    p.add("--cache", None, "file cache of frozen networks' outputs (nano: on)", action=argparse.BooleanOptionalAction)
     p.add("--checkpointing", False, "recompute activations: less memory, more time", action="store_true")
-    p.add("--pretrain", "self", "nano's own encoder learns from views, or by labels", choices=["self", "labels"])
+    p.add("--pretrain", "token", "which outputs of nano's own encoder learn to draw", choices=["token", "patches"])
     p.add("--pretrain-steps", 800, "steps of nano's own encoder, 64 pictures each", type=whole(1))
     p.add("--registers", 4, "register tokens of nano's own encoder", type=whole(0))
     p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
@@ -262,8 +258,8 @@ def options():
     for condition, why, names in (
             (args.init, "--init takes its networks from the checkpoint",
              "encoder vae pixels unfreeze token reg_index pretrain pretrain_steps registers"),
-            (args.encoder == "random", "all of it is trained, lambda 0", "unfreeze lam pretrain pretrain_steps"),
-            (not args.encoder, "--gelu belongs to a CLIP file, --encoder", "gelu"),
+            (args.encoder == "random", "--encoder random trains all, lambda 0", "unfreeze lam pretrain pretrain_steps"),
+            (not args.encoder, "it needs a CLIP file as --encoder", "gelu"),
             (not own, "this run trains no encoder of its own", "pretrain pretrain_steps registers"),
             (not args.registers, "it needs an encoder with register tokens", "token")):
         for name in names.split():
@@ -276,8 +272,8 @@ def options():
 
 # ---- Below: shared by both trainers. First optimizer, averages, log, checkpoints
 class Muon(torch.optim.AdamW):
-    """AdamW; but the matrices in groups with "muon" move by their momentum, made orthogonal (Jordan 2024,
-    https://kellerjordan.github.io/posts/muon): all its directions get the same length, so that none stays behind."""
+    """AdamW, but the matrices in groups with "muon" are updated by their orthogonalised momentum (Jordan 2024,
+    https://kellerjordan.github.io/posts/muon), which has the same length in all directions."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -315,7 +311,7 @@ def new_optimizer(trained, args):
     return Muon(groups.values(), lr=args.lr, weight_decay=0.0, fused=True)
 
 def set_learning_rate(optimizer, step, args):
-    """Linear warm-up, then constant; nano's short runs fall to nothing along a cosine. Returns that of --lr."""
+    """Linear warm-up, then constant; for nano, cosine decay to 0. Returns the current value of --lr."""
     factor = min(1.0, (step + 1) / max(1, args.warmup))
     factor *= 0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.decay else 1.0
     for group in optimizer.param_groups:
@@ -366,8 +362,8 @@ class Log:
             size = sum(parameter.numel() for parameter in trained.values())
             pieces = f"{ranks.world} processes x {args.accumulate} x {args.batch // ranks.world // args.accumulate}"
             print(f"{out.stem}: size {args.size}, {len(pictures)} pictures at {args.pixels}x{args.pixels} pixels, "
-                  f"{len(pictures.classes)} classes; {size:,} trained numbers; {ranks.dtype} on {ranks.device}; batch "
-                  f"{args.batch} = {pieces}; steps {first} to {args.steps} (for other: --size, --pixels, --steps)")
+                  f"{len(pictures.classes)} classes; {size:,} trained weights; {ranks.dtype} on {ranks.device}; batch "
+                  f"{args.batch} = {pieces}; steps {first} to {args.steps} (set by --size, --pixels, --steps)")
             path = out.with_suffix(".jsonl")
             lines = path.read_text().splitlines() if first and path.exists() else []
             self.file = open(path, "w", buffering=1)  # a line is out as soon as it is written
@@ -378,14 +374,14 @@ class Log:
     def write(self, step, **values):
         """A line of `values`. Raises UserError if `loss` or `norm` is not finite: weights never recover from that."""
         if not math.isfinite(values["loss"] + values["norm"]):
-            raise UserError(f"the loss is not finite at step {step}; the last checkpoint is good; try a smaller --lr")
+            raise UserError(f"loss not finite at step {step}; last checkpoint is good; use a smaller --lr, new --out")
         then, before = self.since
         self.since = (time.perf_counter(), step)
         seconds = (self.since[0] - then) / max(1, step - before)
         rate = round(self.args.batch / seconds, 1)
         if step >= self.first + 50 > before:
             left = tqdm.format_interval(seconds * (self.args.steps - step))
-            self.bar.write(f"{rate} images/s: {left} to go; for less, --steps or --size")
+            self.bar.write(f"{rate} images/s: {left} left; for less time, reduce --steps or --size")
         self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {1e3 * seconds:.0f} ms, {rate:.0f} images/s", False)
         if self.ranks.main:
             print(json.dumps({"step": step, **values, "images_per_second": rate}), file=self.file)
@@ -419,12 +415,12 @@ def checkpoint_to_resume(path, args, digest):
         return None
     content = load_checkpoint(path, [path.stem])
     if "settings" not in content:
-        raise UserError(f"{path}: an export, which cannot go on; give it to --init or --stage1, and another --out")
+        raise UserError(f"{path}: an export cannot be resumed; give it to --init or --stage1, with another --out")
     now = {**vars(args), "data": digest}
     names = sorted(now.keys() - FREE, key=lambda name: (name != "size", name))  # others depend on the size
     refuse_changes(path, content["settings"], {name: now[name] for name in names})
     if content["step"] >= args.steps:
-        print(f"{path} is finished at step {content['step']}; a larger --steps goes on from there")
+        print(f"{path} is finished at step {content['step']}; give a larger --steps to resume it")
         sys.exit(0)
     return content
 
@@ -579,11 +575,11 @@ class Pictures(torch.utils.data.Dataset):
                 return self.read(j), self.labels[j], j
             except fid.UserError as e:
                 print(f"\nskipped: {e}", file=sys.stderr)
-        raise UserError(f"{self.source}: not one of its {len(self)} pictures can be read")
+        raise UserError(f"{self.source}: not one of its {len(self)} pictures can be read; give other --data")
 
 def list_files(source):
-    """{name: place} of all files of a folder or .tar, see fid.files. Of a .jsonl, whose lines have "file", a path from
-    its folder, and "caption", a text or a list: {file: place} and {file with the suffix .txt: captions}. UserError."""
+    """{name: place} of all files of a folder or .tar, see fid.files. Lines of a .jsonl have "file", a path relative to
+    it, and "caption", a text or a list; they give {file: place} and {file with suffix .txt: captions}. UserError."""
     if not source.endswith(".jsonl"):
         return fid.files(source)
     found = {}
@@ -629,16 +625,16 @@ def common_options(p):
     """The options of both trainers, in the groups of --help."""
     p.sections = {name: p.add_argument_group(name) for name in ("data", "model", "optimisation", "rarely needed")}
     p.section = p.sections["data"]
-    p.add("--data", None, "folder (sub-folders are classes), .tar, folder of .tar shards, or .jsonl; default: digits")
+    p.add("--data", None, "folder (sub-folders are classes), .tar, .tar shards, or .jsonl; default: digits")
     p.add("--out", "out", "folder for checkpoint, log and pictures")
     p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
-    p.add("--fresh", False, "start anew, over what lies in --out", action="store_true")
+    p.add("--fresh", False, "start again and overwrite --out", action="store_true")
     p.section = p.sections["model"]
-    p.add("--size", None, "default: that of the checkpoint to begin with, or nano", choices=[*SIZES])
+    p.add("--size", None, "network size; default: the checkpoint's, or nano", choices=[*SIZES])
     p.section = p.sections["optimisation"]
     p.add("--steps", None, "optimizer steps in all", type=whole(1))
-    p.add("--batch", None, "pictures a step, over all GPUs and accumulation", type=whole(1))
-    p.add("--accumulate", 1, "cut each GPU's part of the batch into so many pieces, to save memory", type=whole(1))
+    p.add("--batch", None, "pictures per step, over all GPUs and micro-batches", type=whole(1))
+    p.add("--accumulate", 1, "micro-batches per GPU and step; more of them save memory", type=whole(1))
     p.add("--optimizer", None, "default: muon in nano's stage 1, else adamw", choices=["adamw", "muon"])
     p.add("--lr", None, "AdamW learning rate after warm-up", type=number(0))
     p.add("--muon-lr", 0.02, "Muon's learning rate after warm-up", type=number(0))
@@ -647,7 +643,7 @@ def common_options(p):
     p.add("--clip-grad", 1.0, "largest norm of the gradient; 0 is none", type=number(0))
     p.add("--seed", 0, "seed of weights, picture order and noise", type=whole(0))
     p.section = p.sections["rarely needed"]
-    p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see README", choices=["exact"])
+    p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see docs/weights.md", choices=["exact"])
     p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
     p.add("--save-every", None, "steps between saves (nano: 500, 1000; else 10,000, at most hourly)", type=whole(1))
     p.add("--device", "auto", "auto is cuda where there is one, else cpu", choices=["auto", "cpu", "cuda", "mps"])
@@ -664,7 +660,7 @@ def fill_defaults(args, paper, nano, model=None):
         width = model.decoder.config["width"] if model else SIZES["nano"]["decoder"]["width"]
         args.size = next((size for size, shape in SIZES.items() if shape["decoder"]["width"] == width), None)
         if not args.size:
-            raise UserError(f"--size: the checkpoint's decoder is {width} wide, unlike {', '.join(SIZES)}; give it")
+            raise UserError(f"--size: checkpoint's decoder width {width} fits none of {', '.join(SIZES)}; give --size")
     for name, value in {"optimizer": "adamw", **(nano if args.size == "nano" else paper)}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)

@@ -90,7 +90,7 @@ def main():
         pieces = zip(*(u.to(device, non_blocking=True).chunk(args.accumulate) for u in (z, t, noise, classes, *words)))
         for n, (z, t, noise, classes, *words) in enumerate(pieces, 1):
             for network in (mixer, encode_text):
-                network.require_backward_grad_sync = n == args.accumulate  # DDP, if any, averages after the last piece
+                network.require_backward_grad_sync = n == args.accumulate  # DDP averages gradients after the last one
             z = (z.float() - model.mean) / model.std                                                      # (b,K,D)
             with ranks.autocast():
                 s = t[:, None, None]
@@ -149,13 +149,13 @@ def preview(model, pictures, width):
     return {"text": model.text(words) if model.text else words.float(), "mask": mask}
 
 def text_source(args, pictures, ranks):
-    """What reads the captions (CLIP, a small encoder trained along, None for features) and its width. UserError."""
+    """The text encoder (CLIP, a small one trained with the Mixer, None for features) and its width. UserError."""
     if args.clip:
         text = ClipText(load_text_encoder(ranks.fetch(args.clip), args.gelu), args.bpe)
     elif pictures.made:
         return None, pictures.features(0)[0].shape[1]
     else:
-        print("No language model given: a small encoder of words is trained along; real use takes --clip, or features")
+        print("No language model given: training a small word encoder; for real use give --clip or text features")
         captions = (caption for i in range(len(pictures)) for caption in pictures.captions(i))
         text = WordEncoder(sorted({word for caption in captions for word in WordEncoder.split(caption)}))
     return text, text.width
@@ -175,7 +175,7 @@ class Captioned(Pictures):
         self.texts = [self.found.get(name) for name in beside]
         missing = [name for name, text in zip(self.names, self.texts) if text is None]
         if missing and len(self.made) < len(self.names):
-            raise UserError(f"--captions {source}: no caption beside {missing[0]} and {len(missing) - 1} other files")
+            raise UserError(f"--captions {source}: {len(missing)} pictures lack a caption, first {missing[0]}; add it")
 
     def captions(self, i):
         """The captions of picture i. Raises UserError where they are empty or cannot be read."""
@@ -191,10 +191,10 @@ class Captioned(Pictures):
 
     def features(self, i):
         """Text features made beforehand: (features (L,C) float16, mask (L,) bool) of picture i. Raises UserError."""
-        with fid.naming(f"{self.source}: no text features (L,C) for {self.names[i]}"):
+        with fid.naming(f"{self.source}: bad text features (L,C) of {self.names[i]}"):
             features, mask = sample.text_features(io.BytesIO(fid.read_bytes(self.made[i])))
             if not features.half().isfinite().all():
-                raise ValueError("NaN, or beyond float16")
+                raise ValueError("NaN, or beyond float16; replace them")
             return features.half(), mask
 
 class Batches(torch.utils.data.Dataset):
@@ -219,7 +219,7 @@ class Batches(torch.utils.data.Dataset):
         if self.text is None:
             rows = [self.pictures.features(i) for i in indices]
             if any(features.shape[1] != self.width for features, _ in rows):
-                raise UserError(f"--captions {self.pictures.source}: text features of other widths than {self.width}")
+                raise UserError(f"--captions {self.pictures.source}: text features need width {self.width}")
             return [nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*rows)]
         captions = [self.pictures.captions(i) for i in indices]
         ids = self.text.ids([own[int(u * len(own))] for own, u in zip(captions, choice)])
@@ -251,7 +251,7 @@ def options():
     p.add("--token-expansion", 2, "token MLPs are so many times as wide as the sequence", type=whole(1))
     args = p.parse_args()
     if bool(args.clip) != bool(args.bpe) or args.clip and not args.captions or args.gelu and not args.clip:
-        raise UserError("--clip reads captions: give --captions, and --bpe with bpe_simple_vocab_16e6.txt.gz")
+        raise UserError("--clip needs --captions and --bpe bpe_simple_vocab_16e6.txt.gz; --bpe, --gelu need --clip")
     if args.captions and args.data:
         raise UserError("--data: --captions names the pictures itself; leave the option out")
     if isinstance(args.captions, str):
