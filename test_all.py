@@ -1955,14 +1955,14 @@ def experiment(name, folder, seeds=(1, 2, 3)):
             file.write("".join(json.dumps(row) + "\n" for row in made))
     rows = read()
     names = [row for row in EXPERIMENTS[name] if name != "evaluations"] or list(dict.fromkeys(r["row"] for r in rows))
-    columns = [column for column in rows[0] if column not in ("row", "seed", "network")]
+    columns = [column for column in rows[0] if column not in ("row", "seed", "network", "evaluations")]
     print(f"\n| {name} | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
     for row in names:
         values = [[done[column] for done in rows if done["row"] == row] for column in columns]
         if not values[0]:
             continue
         print(f"| {row} | {' | '.join(f'{np.mean(v):.2f} ± {np.std(v, ddof=len(v) > 1):.2f}' for v in values)} |")
-    plot(path.with_suffix(".png"), rows, *(("evaluations", columns[1]) if name == "evaluations" else columns[:5:4]))
+    plot(path.with_suffix(".png"), rows, *(("evaluations", "distance") if name == "evaluations" else columns[:5:4]))
     x, grid = judge.real[:10], []
     for row in EXPERIMENTS[name]:
         model = RepTok.load(Path(folder, place(row, seeds[0]), "stage2.pt"))
