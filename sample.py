@@ -197,9 +197,8 @@ class Parser(argparse.ArgumentParser):
     """argparse that shows every default, takes no abbreviations and refuses in one line."""
     def __init__(self, doc):
         form = functools.partial(argparse.RawDescriptionHelpFormatter, width=118, max_help_position=33)
-        first = "\n\n".join(doc.split("\n\n")[:2])
-        super().__init__(usage="%(prog)s [options]; -h shows this", description=first, allow_abbrev=False,
-                         formatter_class=form, add_help=False)
+        super().__init__(usage="%(prog)s [options]; -h shows this", description="\n\n".join(doc.split("\n\n")[:2]),
+                         allow_abbrev=False, formatter_class=form, add_help=False)
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         self.section = self  # of --help, in which the next options stand
 
@@ -363,7 +362,8 @@ def main():
     ranks = Ranks(args.device, args.dtype)
     model = RepTok.load(args.ckpt, ranks.device)
     if args.export:
-        return save_checkpoint(Path(args.export), {**model.content(), "data": None})
+        save_checkpoint(Path(args.export), {**model.content(), "data": None})
+        return print(f"{args.export}: for sampling, {Path(args.export).stat().st_size / 1e6:.0f} MB")
     action = draw if not args.save else save_reconstructed if args.reconstruct else save_generated
     with ranks.autocast():
         action(model, args, ranks)

@@ -1560,7 +1560,7 @@ def test_readme_commands_run(trained, tmp_path, monkeypatch):
     for script, line in commands:
         inside(f"{script}.py", *line, *TINY_RUN[script])
     made = {path.name for path in tmp_path.rglob("*.p[nt]*")}
-    assert {"stage1.png", "stage2.png", "samples.png", "reconstructions.png", "between.png", "small.pt"} <= made
+    assert {"stage1.png", "stage2.png", "pets.png", "red7.png", "between.png", "small.pt"} <= made
 
 def tour(folder):
     """Run the blocks of docs/tour.md in order, in `folder`, where out/stage2.pt is and their pictures will be."""
@@ -1876,9 +1876,9 @@ def score(paths, judge, evaluations, scales, interval, per_class):
     """Print a table: held-out pictures' mean PSNR, the share that a reader reads as their class, Frechet distance of
     its features; with one number of `evaluations`, then `per_class` generated pictures a class, 50 steps each."""
     read = judge.right(judge.real, judge.labels)
-    print(f"{len(judge.real)} held-out pictures, of which the reader reads {read:.1f} %; guidance in {interval}\n")
-    print("| checkpoint | evaluations | PSNR | reconstructed, read right | distance "
-          "| guidance | generated, read right | distance |\n|---|---|---|---|---|---|---|---|")
+    print(f"{len(judge.real)} held-out pictures, {read:.1f} % of them read right; guidance for t in {interval}\n")
+    print("| checkpoint | evaluations | PSNR | reconstructed, read right | their distance "
+          "| guidance | generated, read right | their distance |\n|---|---|---|---|---|---|---|---|")
     for path in paths:
         model = RepTok.load(path)
         z = model.encode(judge.real)
@@ -1974,13 +1974,13 @@ def measure(name, model, judge, row):
     z = model.encode(judge.real)
     if name == "evaluations":
         images = {n: model.decode(z, n) for n in EVALUATIONS}
-        return [{**row, "network": row["row"], "row": f"{n} evaluations", "evaluations": n, "PSNR": judge.psnr(x),
+        return [{**row, "network": row["row"], "row": f"{n}", "evaluations": n, "PSNR": judge.psnr(x),
                  "read right, %": judge.right(x, judge.labels), "distance": judge.distance(x)}
                 for n, x in images.items()]
     classes = torch.arange(10).repeat_interleave(SETTING["pictures"])
     images, made = model.decode(z, 20), model.decode(model.generate(classes), 50)
     return [{**row, "PSNR": judge.psnr(images), "reconstructed, read right, %": judge.right(images, judge.labels),
-             "neighbours by z, %": judge.neighbours(model.encode), "by z0, %": judge.neighbours(model.tokenizer.z0),
+             "neighbours by z, %": judge.neighbours(model.encode), "neighbours by z0, %": judge.neighbours(model.tokenizer.z0),
              "generated, read right, %": judge.right(made, classes), "distance": judge.distance(made)}]
 
 def plot(path, rows, x, y):
@@ -2028,7 +2028,7 @@ def test_experiments(trained, tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "token.png").size == (900, 560)
     assert Image.open(tmp_path / "token_digits.png").size == (640, 3 * 64)  # digits, frozen, tuned
     experiment("evaluations", tmp_path, seeds=(0,))
-    assert "| 50 evaluations |" in capsys.readouterr().out and (tmp_path / "evaluations.png").exists()
+    assert "\n| 50 |" in capsys.readouterr().out and (tmp_path / "evaluations.png").exists()
     monkeypatch.setattr(subprocess, "run", Mock(side_effect=RuntimeError))
     for name in ("token", "evaluations"):
         experiment(name, tmp_path, seeds=(0,))

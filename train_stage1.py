@@ -195,8 +195,7 @@ def pretrained(args, pictures, ranks):
             x = torch.cat([tok.augment(x, draw), tok.augment(x, draw)])  # two views of each, (2B,3,S,S)
             tokens = vit(x)                                                                           # (2B,1+R+N,D)
             error = head(tokens[:, drawing]) - F.unfold(x, side, stride=side).mT                          # (2B,n,3ss)
-            loss = tok.contrastive_loss(*tokens[:, 0].chunk(2)) + 10 * error.square().mean()
-            loss.backward()
+            (tok.contrastive_loss(*tokens[:, 0].chunk(2)) + 10 * error.square().mean()).backward()
             for group in optimizer.param_groups:  # warm-up 50 steps, flat to half, linear to .05: beats cosine here
                 group["lr"] = group["rate"] * min(1, (step + 1) / 50, 0.05 + 1.9 * (1 - step / plan.steps))
             optimizer.step()
@@ -212,12 +211,14 @@ def pretrained(args, pictures, ranks):
 
 def picture_due(step, steps):
     """Whether the picture of a run is drawn after `step` of `steps`: early once, then ten times."""
-    return step == 50 or step % max(1, steps // 10) == 0
+    return step == 30 or step % max(1, steps // 10) == 0
 
 def held_out(pictures, args, count):
-    """Images (count,3,S,S) to look at: held-out digits, or the first pictures of --data, which are trained on."""
+    """Images (count,3,S,S) to look at: held-out digits, or some of the pictures of --data, which are trained on."""
     if pictures.source:
-        return to_float(torch.stack([pictures[i][0] for i in range(min(count, len(pictures)))]))
+        count = min(count, len(pictures))
+        order = sorted(range(count), key=lambda i: i % max(1, count // 10))  # the first ten spread over all, too
+        return to_float(torch.stack([pictures[i * len(pictures) // count][0] for i in order]))
     digits = [draw_digit(plan_digit(i, args.seed + 1), args.pixels) for i in range(count)]
     return to_float(torch.from_numpy(np.stack(digits)).permute(0, 3, 1, 2))
 
@@ -357,19 +358,18 @@ class Log:
         self.first = first
         self.since = (time.perf_counter(), first)
         self.saved = time.perf_counter()
-        self.bar = tqdm(total=args.steps, initial=first, disable=not ranks.main, desc=out.stem, dynamic_ncols=True)
         if ranks.main:
-            size = sum(parameter.numel() for parameter in trained.values())
-            pieces = f"{ranks.world} processes x {args.accumulate} x {args.batch // ranks.world // args.accumulate}"
+            size, group = sum(p.numel() for p in trained.values()), args.batch // ranks.world // args.accumulate
             print(f"{out.stem}: size {args.size}, {len(pictures)} pictures at {args.pixels}x{args.pixels} pixels, "
                   f"{len(pictures.classes)} classes; {size:,} trained weights; {ranks.dtype} on {ranks.device}; batch "
-                  f"{args.batch} = {pieces}; steps {first} to {args.steps} (set by --size, --pixels, --steps)")
+                  f"{args.batch}, {group} per pass; steps {first} to {args.steps}")
             path = out.with_suffix(".jsonl")
             lines = path.read_text().splitlines() if first and path.exists() else []
             self.file = open(path, "w", buffering=1)  # a line is out as soon as it is written
             for line in lines:
                 if line.endswith("}") and json.loads(line)["step"] <= first:  # the later ones come again
                     print(line, file=self.file)
+        self.bar = tqdm(total=args.steps, initial=first, disable=not ranks.main, desc=out.stem, dynamic_ncols=True)
 
     def write(self, step, **values):
         """A line of `values`. Raises UserError if `loss` or `norm` is not finite: weights never recover from that."""
