@@ -1980,7 +1980,8 @@ def measure(name, model, judge, row):
     classes = torch.arange(10).repeat_interleave(SETTING["pictures"])
     images, made = model.decode(z, 20), model.decode(model.generate(classes), 50)
     return [{**row, "PSNR": judge.psnr(images), "reconstructed, read right, %": judge.right(images, judge.labels),
-             "neighbours by z, %": judge.neighbours(model.encode), "neighbours by z0, %": judge.neighbours(model.tokenizer.z0),
+             "neighbours by z, %": judge.neighbours(model.encode),
+             "neighbours by z0, %": judge.neighbours(model.tokenizer.z0),
              "generated, read right, %": judge.right(made, classes), "distance": judge.distance(made)}]
 
 def plot(path, rows, x, y):
