@@ -359,7 +359,8 @@ class Log:
         self.since = (time.perf_counter(), first)
         self.saved = time.perf_counter()
         if ranks.main:
-            size, group = sum(p.numel() for p in trained.values()), args.batch // ranks.world // args.accumulate
+            size = sum(p.numel() for p in trained.values())
+            group = args.batch // ranks.world // args.accumulate
             print(f"{out.stem}: size {args.size}, {len(pictures)} pictures at {args.pixels}x{args.pixels} pixels, "
                   f"{len(pictures.classes)} classes; {size:,} trained weights; {ranks.dtype} on {ranks.device}; batch "
                   f"{args.batch}, {group} per pass; steps {first} to {args.steps}")
