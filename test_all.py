@@ -1994,10 +1994,12 @@ def plot(path, rows, x, y):
     def place(row):
         return 80 + 540 * (row[x] - low[0]) / span[0], 480 - 440 * (row[y] - low[1]) / span[1]
     draw.rectangle((60, 20, 640, 500), outline="grey")
-    for i in range(5):
-        share = i / 4
-        draw.text((80 + 540 * share, 508), f"{low[0] + share * span[0]:.1f}", "black", font, "ma")
-        draw.text((54, 480 - 440 * share), f"{low[1] + share * span[1]:.1f}", "black", font, "rm")
+    for axis in range(2):
+        step = min(m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5) if span[axis] <= 6 * m * 10.0**e)
+        for k in range(math.ceil(low[axis] / step), math.floor(high[axis] / step) + 1):
+            share = (k * step - low[axis]) / span[axis]
+            at, anchor = ((54, 480 - 440 * share), "rm") if axis else ((80 + 540 * share, 508), "ma")
+            draw.text(at, f"{k * step:g}", "black", font, anchor)
     draw.text((350, 548), x, "black", font, "ms")
     draw.text((66, 16), y, "black", font, "ls")
     for i, name in enumerate(names):
