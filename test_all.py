@@ -1418,6 +1418,10 @@ class Run:  # unpickling it calls function(*args)
 
     __call__ = __reduce__  # only so that it can stand where pickle wants a function
 
+class Ordinary(pickle.Unpickler):
+    def persistent_load(self, pid):
+        return pid
+
 @pytest.mark.filterwarnings("ignore")  # torch sees that these files are odd
 @pytest.mark.parametrize("which", range(8))
 def test_files_made_to_run_code_do_not(which, tmp_path, monkeypatch):
@@ -1444,9 +1448,7 @@ def test_files_made_to_run_code_do_not(which, tmp_path, monkeypatch):
             with zipfile.ZipFile(path, "w") as archive:
                 for name in names:
                     archive.writestr(f"a/{name}", b"3\n" if name == "version" else data)
-            ordinary = pickle.Unpickler(io.BytesIO(data))
-            ordinary.persistent_load = lambda pid: pid
-            check(*READERS, ordinary=ordinary.load)
+            check(*READERS, ordinary=Ordinary(io.BytesIO(data)).load)
     torch.save({"state_dict": harm}, path, _use_new_zipfile_serialization=False)  # as before torch 1.6
     check(*READERS, ordinary=lambda: torch.load(path, weights_only=False))
     path += ".npz"
