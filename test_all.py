@@ -1869,7 +1869,7 @@ class Judge:
         return fid.psnr(fid.to_uint8(self.real), fid.to_uint8(images)).mean().item()
 
     def neighbours(self, encode):
-        """Percentage of held-out pictures whose nearest other picture, by the cosine of tokens, has their label."""
+        """Percentage of held-out pictures whose nearest one of `train`, by the cosine of tokens, has their label."""
         known, asked = (F.normalize(torch.cat([encode(part) for part in x.split(500)]).flatten(1), dim=1)
                         for x in (self.train[0], self.real))
         return 100 * (self.train[1][(asked @ known.T).argmax(1)] == self.labels).float().mean().item()
