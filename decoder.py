@@ -124,10 +124,10 @@ class Decoder(nn.Module):
     """The velocity of the flow from noise to latents, given the tokens z of an image.
     forward(x_t (B,C,size,size), t (B,) or (1,) in [0,1], z (B,K,token_dim)) -> v (B,C,size,size).
     The projected tokens stand in front of the patches, all attend to all, and the tokens' outputs are dropped (Sec. 3).
-    forward is project, condition and velocity in turn; a sampler calls project once, the other two at each step.
-    Raises UserError where `size` is no multiple of `patch`."""
+    forward is project, then velocity; a sampler calls project once. predict: the network's output, "velocity" (as in
+    the paper) or "data", from which v is computed. Raises UserError where `size` is no multiple of `patch`."""
     def __init__(self, channels=4, size=32, patch=2, width=1152, depth=28, heads=16, mapping=1024, token_dim=768, K=1,
-                 learned_positions=False):
+                 learned_positions=False, predict="velocity"):
         super().__init__()
         if size % patch:
             raise UserError(f"latents of size {size} do not divide into patches of {patch}; choose other --pixels")
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
         self.zero_init()
 
     def zero_init(self):
-        """At the start every block is the identity, the velocity is 0, and a token enters unchanged."""
+        """At the start every block is the identity, the output is 0, and a token enters unchanged."""
         nn.init.zeros_(self.patch_out.weight)
         nn.init.zeros_(self.token_fc.weight)
         nn.init.zeros_(self.token_fc.bias)
@@ -181,12 +181,8 @@ class Decoder(nn.Module):
         z = z + self.token_pos
         return F.pad(z, (0, self.width - z.shape[-1])) + self.token_ln(self.token_fc(z))
 
-    def condition(self, t):
-        """t (B,), 0 noise and 1 data -> c (B,mapping). The authors trained with 1 as noise: the network takes 1 - t."""
-        return self.mapping(1 - t)
-
-    def velocity(self, x_t, c, projected):
-        """x_t (B,C,H,W), c (B or 1,mapping), projected tokens (B,K,width) -> v (B,C,H,W)."""
+    def velocity(self, x_t, t, projected):
+        """x_t (B,C,H,W), t (B,) or (1,), projected tokens (B,K,width) -> v (B,C,H,W)."""
         B, C, H, W = x_t.shape
         p = self.patch
         x = x_t.view(B, C, H // p, p, W // p, p)
@@ -194,6 +190,7 @@ class Decoder(nn.Module):
         x = self.patch_in(x) + self.patch_pos                                          # (B,N,width)
         x = self.merge(torch.cat([projected, x], 1))                                   # (B,K+N,width)
         rotary = self.rotary(H // p)
+        c = self.mapping(1 - t)  # (B or 1,mapping); the authors trained with time reversed
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():  # recompute activations in the backward pass
                 x = torch.utils.checkpoint.checkpoint(block, x, c, rotary, use_reentrant=False)
@@ -202,10 +199,12 @@ class Decoder(nn.Module):
         x = self.patch_out(self.norm_out(x[:, self.K:]))                               # (B,N,p*p*C)
         x = x.view(B, H // p, W // p, p, p, C)
         x = x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
-        return -x  # trained with time reversed, the network predicts noise - data
+        if self.config["predict"] == "data":  # as x_t = (1-t) noise + t data; bounded at t=1 (Li, He 2025)
+            return (x - x_t) / (1 - t).clamp(min=0.05).view(-1, 1, 1, 1)
+        return -x  # with time reversed, the network predicts noise - data
 
     def forward(self, x_t, t, z):
-        return self.velocity(x_t, self.condition(t), self.project(z))
+        return self.velocity(x_t, t, self.project(z))
 
 # ---- The SD VAE (kl-f8, Rombach 2022), frozen, with the tensor names of diffusers
 class ResBlock(nn.Module):

@@ -108,7 +108,7 @@ class RepTok(nn.Module):
         images = []
         for tokens, x in zip(z.to(self.device).split(batch), noise.split(batch)):
             projected = self.decoder.project(tokens)  # the same in every step
-            x = dec.euler(lambda x_t, t: self.decoder.velocity(x_t, self.decoder.condition(t), projected), x, steps)
+            x = dec.euler(lambda x_t, t: self.decoder.velocity(x_t, t, projected), x, steps)
             images.append(self.vae.decode(x).clamp(-1, 1))
         return torch.cat(images)
 

@@ -46,15 +46,16 @@ SIZES = {"nano": {"decoder": dict(width=128, depth=4, heads=4, patch=4, mapping=
          "XL": {"decoder": dict(width=1152, depth=28, heads=16), "mixer": dict(hidden=1280, depth=28)}}
 # Steps and batch are the paper's; what it leaves open is ours.
 PAPER = dict(pixels=256, steps=10**6, batch=512, lr=1e-4, warmup=2000, decay=False, ema=0.9999, t_mean=0, cache=False,
-             save_every=10_000)
+             predict="velocity", save_every=10_000)
 NANO = dict(pixels=16, steps=1200, batch=64, optimizer="muon", lr=3e-3, warmup=50, decay=True, ema=0.99,
-            t_mean=-0.3, cache=True, save_every=500)
+            t_mean=-0.3, cache=True, predict="velocity", save_every=500)
+DRAWN = dict(NANO, steps=800, predict="data", t_mean=-2)  # drawn digits, of which a token tells nearly all
 
 def main():
     """Stage 1 from the command line: check, build or restore, then the loop. Raises UserError."""
     args = options()
     initial = RepTok.load(args.init) if args.init else None
-    fill_defaults(args, PAPER, NANO, initial)  # by --size
+    fill_defaults(args, PAPER, NANO if args.data else DRAWN, initial)  # by --size
     if args.write_data:
         return write_data(args.write_data, args.num, args.seed, args.pixels)
     ranks = Ranks(args.device, args.dtype, args.batch, args.accumulate)  # the processes of torchrun, or this one alone
@@ -162,7 +163,7 @@ def build(args, pictures, ranks):
     vit = new_vit(args) if path == "random" else tok.load_encoder(ranks.fetch(path), args.gelu)
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer(vit, args.token, args.reg_index, args.unfreeze)
-    decoder = dec.Decoder(**shape, token_dim=tokenizer.width, K=tokenizer.K)
+    decoder = dec.Decoder(**shape, token_dim=tokenizer.width, K=tokenizer.K, predict=args.predict)
     return RepTok(tokenizer, decoder, vae)
 
 def new_vit(args):
@@ -181,8 +182,8 @@ def pretrained(args, pictures, ranks):
         refuse_changes(path, load_checkpoint(path, ["encoder"])["settings"], settings)
     elif ranks.main:
         print(f"No encoder given: a small ViT is trained on the pictures first (--pretrain {args.pretrain})")
-        patches = args.pretrain == "patches"  # then the class token is free to drop colour
-        drawing, side = (slice(1 + args.registers, None), 4) if patches else (slice(1), args.pixels)
+        patches = slice(1 + args.registers, None)  # if these learn to draw, the class token is free to drop colour
+        drawing, side = (patches, 4) if args.pretrain == "patches" else (slice(1), args.pixels)
         vit = new_vit(args).to(ranks.device)
         head = nn.Linear(vit.pos_embed.shape[-1], 3 * side**2).to(ranks.device)
         plan = argparse.Namespace(batch=min(64, len(pictures)), steps=args.pretrain_steps, seed=args.seed + 1,
@@ -244,13 +245,14 @@ def options():
     p.section = p.sections["optimisation"]
     p.add("--lam", 0.1, "lambda, the weight of the cosine term (Eq. 3)", type=number(0))
     p.add("--token-lr", 1.0, "learning rate of the token embedding, as a multiple of --lr", type=number(0))
+    p.add("--predict", None, "decoder's output; default: data for drawn digits, else v", choices=["velocity", "data"])
     p.add("--t-mean", None, "t = sigmoid(N(this,1)); negative values favour noise", type=number(-10, 10))
     p.section = p.sections["rarely needed"]
     p.add("--cache", None, "file cache of frozen networks' outputs (nano: on)", action=argparse.BooleanOptionalAction)
     p.add("--checkpointing", False, "recompute activations: less memory, more time", action="store_true")
     p.add("--pretrain", "token", "which outputs of nano's own encoder learn to draw", choices=["token", "patches"])
     p.add("--pretrain-steps", 800, "steps of nano's own encoder, 64 pictures each", type=whole(1))
-    p.add("--registers", 4, "register tokens of nano's own encoder", type=whole(0))
+    p.add("--registers", 0, "register tokens of nano's own encoder", type=whole(0))
     p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
     p.add("--write-data", None, "write --num pictures of the default data to this folder, and exit")
     p.add("--num", 2000, "how many pictures --write-data writes", type=whole(1))
@@ -258,11 +260,11 @@ def options():
     own = args.encoder in (None, "random") and args.size in (None, "nano")
     for condition, why, names in (
             (args.init, "--init takes its networks from the checkpoint",
-             "encoder vae pixels unfreeze token reg_index pretrain pretrain_steps registers"),
+             "encoder vae pixels unfreeze token reg_index pretrain pretrain_steps registers predict"),
             (args.encoder == "random", "--encoder random trains all, lambda 0", "unfreeze lam pretrain pretrain_steps"),
             (not args.encoder, "it needs a CLIP file as --encoder", "gelu"),
             (not own, "this run trains no encoder of its own", "pretrain pretrain_steps registers"),
-            (not args.registers, "it needs an encoder with register tokens", "token")):
+            (own and not args.registers, "the encoder has register tokens only with --registers 4", "token")):
         for name in names.split():
             if condition and getattr(args, name) != p.get_default(name):
                 raise UserError(f"--{name.replace('_', '-')}: {why}; leave the option out")
@@ -359,11 +361,10 @@ class Log:
         self.since = (time.perf_counter(), first)
         self.saved = time.perf_counter()
         if ranks.main:
-            size = sum(p.numel() for p in trained.values())
-            group = args.batch // ranks.world // args.accumulate
             print(f"{out.stem}: size {args.size}, {len(pictures)} pictures at {args.pixels}x{args.pixels} pixels, "
-                  f"{len(pictures.classes)} classes; {size:,} trained weights; {ranks.dtype} on {ranks.device}; batch "
-                  f"{args.batch}, {group} per pass; steps {first} to {args.steps}")
+                  f"{len(pictures.classes)} classes; {sum(p.numel() for p in trained.values()):,} trained weights; "
+                  f"{ranks.dtype} on {ranks.device}; batch {args.batch}, "
+                  f"{args.batch // ranks.world // args.accumulate} per pass; steps {first} to {args.steps}")
             path = out.with_suffix(".jsonl")
             lines = path.read_text().splitlines() if first and path.exists() else []
             self.file = open(path, "w", buffering=1)  # a line is out as soon as it is written
