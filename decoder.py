@@ -199,8 +199,8 @@ class Decoder(nn.Module):
         x = self.patch_out(self.norm_out(x[:, self.K:]))                               # (B,N,p*p*C)
         x = x.view(B, H // p, W // p, p, p, C)
         x = x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
-        if self.config["predict"] == "data":  # as x_t = (1-t) noise + t data; bounded at t=1 (Li, He 2025)
-            return (x - x_t) / (1 - t).clamp(min=0.05).view(-1, 1, 1, 1)
+        if self.config["predict"] == "data":  # v = (data - x_t) / (1-t), here bounded at t=1 (Li, He 2025)
+            return (x - x_t) / (1 - t).clamp(min=0.01).view(-1, 1, 1, 1)
         return -x  # with time reversed, the network predicts noise - data
 
     def forward(self, x_t, t, z):

@@ -529,11 +529,10 @@ DECODER = [
     (r"^backbone\.mid_level\.(\d+)\.", r"blocks.\1."), (r"\.self_attn\.norm", ".norm1"), (r"\.ff\.norm", ".norm2"),
     (r"\.self_attn\.", ".attn.")]
 DECODER_UNUSED = r"^ae\.|dino\.(model|target_model)\.|new_reg|\.[1-9]\d*\.self_attn\.pos_emb"
-MIXER = [
-    (r"^t_embedder\.", "time."), (r"^label_embedder\.embedding_table\.", "label."),
-    (r"^mixer\.0\.(weight|bias)", r"proj_in.\1"), (r"^mixer\.(\d+)\.(?=[01]\.)", r"layers.\1."),
-    (r"\.0\.norm\.", ".norm1."), (r"\.1\.norm\.", ".norm2."), (r"\.0\.fn", ".tokens"), (r"\.1\.fn", ".channels"),
-    (r"(tokens|channels)\.0\.", r"\1.up."), (r"(tokens|channels)\.3\.", r"\1.down.")]
+MIXER = [(r"^t_embedder\.", "time."), (r"^label_embedder\.embedding_table\.", "label."),
+         (r"^mixer\.0\.(weight|bias)", r"proj_in.\1"), (r"^mixer\.(\d+)\.(?=[01]\.)", r"layers.\1."),
+         (r"\.0\.norm\.", ".norm1."), (r"\.1\.norm\.", ".norm2."), (r"\.0\.fn", ".tokens"), (r"\.1\.fn", ".channels"),
+         (r"(tokens|channels)\.0\.", r"\1.up."), (r"(tokens|channels)\.3\.", r"\1.down.")]
 
 def released(content, path):
     """The authors' checkpoint as a RepTok: widths and depths are counted from the stored shapes. Raises UserError."""

@@ -207,7 +207,7 @@ def test_decoder_starts_as_zero_and_every_block_as_the_identity():
     assert torch.equal(d.project(z), F.pad(z, (0, 8)))  # a token enters as itself
 
 def test_decoder_that_predicts_data():
-    """The same network, read as data: v is the direction to it, in reach at t=1; 20 Euler steps end at it exactly."""
+    """The same network, read as data: v points to it and is finite at t=1; 20 or 50 Euler steps end at it."""
     d = busy(dec.Decoder(3, 16, token_dim=24, predict="data", **TINY))
     v = dec.Decoder(**{**d.config, "predict": "velocity"})
     v.load_state_dict(d.state_dict())
@@ -215,7 +215,7 @@ def test_decoder_that_predicts_data():
     assert torch.allclose(x + (1 - t)[:, None, None, None] * d(x, t, z), -v(x, t, z), atol=1e-5)
     assert d(x, torch.ones(4), z).isfinite().all()
     d.zero_init()
-    assert dec.euler(lambda x_t, t: d(x_t, t, z), x, 20).abs().max() < 1e-6
+    assert all(dec.euler(lambda x_t, t: d(x_t, t, z), x, steps).abs().max() < 1e-5 for steps in (20, 50))
 
 def test_decoder_attention_against_float64_formulas():
     """Cosine attention with axial RoPE, written out with loops and complex numbers."""
@@ -256,7 +256,7 @@ def test_autocast_keeps_times_apart():
     want = x / x.square().mean(-1, keepdim=True).sqrt() * (1 + c @ norm.linear.weight.T)[:, None]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(norm(x, c), want, atol=1e-4)
-    for embed in (dec.Decoder(3, 16, token_dim=24, **TINY).condition, mix.TimeEmbedding(24, 1000.0)):
+    for embed in (dec.Decoder(3, 16, token_dim=24, **TINY).mapping, mix.TimeEmbedding(24, 1000.0)):
         exact = embed(times)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(embed(times), exact) and len(exact.unique(dim=0)) == 5000
@@ -1023,6 +1023,7 @@ def test_cache_is_what_the_networks_give(trained, tmp_path):
         for name, value in zip(("mean", "logvar", "z0"), (*vae.posterior(image), tok.Tokenizer(vit).z0(image))):
             assert np.abs(rows[name][7, view] - value[0].detach().numpy()).max() < 1e-3 * value.abs().max(), name
     args = argparse.Namespace(out=tmp_path, flip=True, dtype="float32", workers=0, cache=True, pixels=64)
+    vit = tiny_vit()
     for token, reg in (("cls", 0), ("reg", 0), ("reg", 1)):  # one folder, other tokens
         tokenizer = tok.Tokenizer(vit, token, reg)
         targets = one.frozen_networks(args, tokenizer, vae, pictures, sample.Ranks("cpu"))
@@ -1695,7 +1696,7 @@ def bench_stage1(args, device, n):
     pixels = 16 if nano else 256
     channels, size = (3, 16) if nano else (4, 32)
     with device:  # made there: FakeTensorMode moves no module
-        vit = one.new_vit(argparse.Namespace(size=args.bench, seed=0, registers=4, pixels=pixels))
+        vit = one.new_vit(argparse.Namespace(size=args.bench, seed=0, registers=0, pixels=pixels))
         tokenizer = tok.Tokenizer(vit)
         shape = dict(one.SIZES[args.bench]["decoder"], channels=channels, size=size, token_dim=tokenizer.width)
         decoder = dec.Decoder(**shape)

@@ -49,13 +49,14 @@ PAPER = dict(pixels=256, steps=10**6, batch=512, lr=1e-4, warmup=2000, decay=Fal
              predict="velocity", save_every=10_000)
 NANO = dict(pixels=16, steps=1200, batch=64, optimizer="muon", lr=3e-3, warmup=50, decay=True, ema=0.99,
             t_mean=-0.3, cache=True, predict="velocity", save_every=500)
-DRAWN = dict(NANO, steps=800, predict="data", t_mean=-2)  # drawn digits, of which a token tells nearly all
+DRAWN = dict(NANO, steps=800, predict="data", t_mean=-2)  # without --data: a token tells nearly all of a digit
 
 def main():
     """Stage 1 from the command line: check, build or restore, then the loop. Raises UserError."""
     args = options()
     initial = RepTok.load(args.init) if args.init else None
-    fill_defaults(args, PAPER, NANO if args.data else DRAWN, initial)  # by --size
+    drawn = initial.decoder.config["predict"] == "data" if initial else not args.data
+    fill_defaults(args, PAPER, DRAWN if drawn else NANO, initial)  # by --size
     if args.write_data:
         return write_data(args.write_data, args.num, args.seed, args.pixels)
     ranks = Ranks(args.device, args.dtype, args.batch, args.accumulate)  # the processes of torchrun, or this one alone
@@ -245,7 +246,7 @@ def options():
     p.section = p.sections["optimisation"]
     p.add("--lam", 0.1, "lambda, the weight of the cosine term (Eq. 3)", type=number(0))
     p.add("--token-lr", 1.0, "learning rate of the token embedding, as a multiple of --lr", type=number(0))
-    p.add("--predict", None, "decoder's output; default: data for drawn digits, else v", choices=["velocity", "data"])
+    p.add("--predict", None, "the decoder's output (default: data for nano's digits)", choices=["velocity", "data"])
     p.add("--t-mean", None, "t = sigmoid(N(this,1)); negative values favour noise", type=number(-10, 10))
     p.section = p.sections["rarely needed"]
     p.add("--cache", None, "file cache of frozen networks' outputs (nano: on)", action=argparse.BooleanOptionalAction)
@@ -264,7 +265,7 @@ def options():
             (args.encoder == "random", "--encoder random trains all, lambda 0", "unfreeze lam pretrain pretrain_steps"),
             (not args.encoder, "it needs a CLIP file as --encoder", "gelu"),
             (not own, "this run trains no encoder of its own", "pretrain pretrain_steps registers"),
-            (own and not args.registers, "the encoder has register tokens only with --registers 4", "token")):
+            (own and not args.registers, "without --registers N the encoder has no register tokens", "token")):
         for name in names.split():
             if condition and getattr(args, name) != p.get_default(name):
                 raise UserError(f"--{name.replace('_', '-')}: {why}; leave the option out")
