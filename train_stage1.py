@@ -48,8 +48,8 @@ SIZES = {"nano": {"decoder": dict(width=128, depth=4, heads=4, patch=4, mapping=
 PAPER = dict(pixels=256, steps=10**6, batch=512, lr=1e-4, warmup=2000, decay=False, ema=0.9999, t_mean=0, cache=False,
              predict="velocity", save_every=10_000)
 NANO = dict(pixels=16, steps=1200, batch=64, optimizer="muon", lr=3e-3, warmup=50, decay=True, ema=0.99,
-            t_mean=-0.3, cache=True, predict="velocity", save_every=500)
-DRAWN = dict(NANO, steps=800, predict="data", t_mean=-2)  # without --data: a token tells nearly all of a digit
+            t_mean=-0.3, cache=True, predict="velocity", registers=4, save_every=500)
+DRAWN = dict(NANO, steps=800, predict="data", t_mean=-2, registers=0)  # no --data: a token tells nearly all
 
 def main():
     """Stage 1 from the command line: check, build or restore, then the loop. Raises UserError."""
@@ -253,7 +253,7 @@ def options():
     p.add("--checkpointing", False, "recompute activations: less memory, more time", action="store_true")
     p.add("--pretrain", "token", "which outputs of nano's own encoder learn to draw", choices=["token", "patches"])
     p.add("--pretrain-steps", 800, "steps of nano's own encoder, 64 pictures each", type=whole(1))
-    p.add("--registers", 0, "register tokens of nano's own encoder", type=whole(0))
+    p.add("--registers", None, "register tokens of nano's own encoder (default: 4; digits: 0)", type=whole(0))
     p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
     p.add("--write-data", None, "write --num pictures of the default data to this folder, and exit")
     p.add("--num", 2000, "how many pictures --write-data writes", type=whole(1))
@@ -265,7 +265,7 @@ def options():
             (args.encoder == "random", "--encoder random trains all, lambda 0", "unfreeze lam pretrain pretrain_steps"),
             (not args.encoder, "it needs a CLIP file as --encoder", "gelu"),
             (not own, "this run trains no encoder of its own", "pretrain pretrain_steps registers"),
-            (own and not args.registers, "without --registers N the encoder has no register tokens", "token")):
+            (own and not (args.registers or args.data), "without --registers N there are no register tokens", "token")):
         for name in names.split():
             if condition and getattr(args, name) != p.get_default(name):
                 raise UserError(f"--{name.replace('_', '-')}: {why}; leave the option out")
