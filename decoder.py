@@ -190,7 +190,8 @@ class Decoder(nn.Module):
         x = self.patch_in(x) + self.patch_pos                                          # (B,N,width)
         x = self.merge(torch.cat([projected, x], 1))                                   # (B,K+N,width)
         rotary = self.rotary(H // p)
-        c = self.mapping(1 - t)  # (B or 1,mapping); the authors trained with time reversed
+        data = self.config["predict"] == "data"  # its training hardly draws t > 0.9: the network is told 0.9 there
+        c = self.mapping((1 - t).clamp(min=0.1 if data else 0))  # (B or 1,mapping); the authors reverse time
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():  # recompute activations in the backward pass
                 x = torch.utils.checkpoint.checkpoint(block, x, c, rotary, use_reentrant=False)
@@ -199,7 +200,7 @@ class Decoder(nn.Module):
         x = self.patch_out(self.norm_out(x[:, self.K:]))                               # (B,N,p*p*C)
         x = x.view(B, H // p, W // p, p, p, C)
         x = x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
-        if self.config["predict"] == "data":  # v = (data - x_t) / (1-t), here bounded at t=1 (Li, He 2025)
+        if data:  # v = (data - x_t) / (1-t), here bounded at t=1 (Li, He 2025)
             return (x - x_t) / (1 - t).clamp(min=0.01).view(-1, 1, 1, 1)
         return -x  # with time reversed, the network predicts noise - data
 

@@ -519,15 +519,14 @@ class ClipScore(nn.Module):
         return torch.cosine_similarity(image, text)
 
 # ---- Below: the authors' checkpoint; renamings of its tensors into our names (facts of its layout only)
-DECODER = [
-    (r"^time_emb\.weight", "mapping.freqs"), (r"^time_in_proj", "mapping.in_proj"),
-    (r"^mapping\.blocks\.(\d)\.norm", r"mapping.norms.\1"), (r"^encoder\.dino\.temp_pos_embed", "token_pos"),
-    (r"^encoder\.dino\.backbone\.(fc|ln)\.", r"token_\1."), (r"^backbone\.mid_merge\.pre_proj\.proj", "patch_in"),
-    (r"^backbone\.mid_merge\.proj", "merge"), (r"^backbone\.mid_split\.post_proj\.norm", "norm_out"),
-    (r"^backbone\.mid_split\.post_proj\.proj", "patch_out"),
-    (r"^backbone\.mid_level\.0\.self_attn\.pos_emb\.freqs", "freqs"),  # the same in every block
-    (r"^backbone\.mid_level\.(\d+)\.", r"blocks.\1."), (r"\.self_attn\.norm", ".norm1"), (r"\.ff\.norm", ".norm2"),
-    (r"\.self_attn\.", ".attn.")]
+DECODER = [(r"^time_emb\.weight", "mapping.freqs"), (r"^time_in_proj", "mapping.in_proj"),
+           (r"^mapping\.blocks\.(\d)\.norm", r"mapping.norms.\1"), (r"^encoder\.dino\.temp_pos_embed", "token_pos"),
+           (r"^encoder\.dino\.backbone\.(fc|ln)\.", r"token_\1."), (r"\.self_attn\.norm", ".norm1"),
+           (r"^backbone\.mid_merge\.pre_proj\.proj", "patch_in"), (r"^backbone\.mid_merge\.proj", "merge"),
+           (r"^backbone\.mid_split\.post_proj\.norm", "norm_out"), (r"\.ff\.norm", ".norm2"),
+           (r"^backbone\.mid_split\.post_proj\.proj", "patch_out"),
+           (r"^backbone\.mid_level\.0\.self_attn\.pos_emb\.freqs", "freqs"),  # the same in every block
+           (r"^backbone\.mid_level\.(\d+)\.", r"blocks.\1."), (r"\.self_attn\.", ".attn.")]
 DECODER_UNUSED = r"^ae\.|dino\.(model|target_model)\.|new_reg|\.[1-9]\d*\.self_attn\.pos_emb"
 MIXER = [(r"^t_embedder\.", "time."), (r"^label_embedder\.embedding_table\.", "label."),
          (r"^mixer\.0\.(weight|bias)", r"proj_in.\1"), (r"^mixer\.(\d+)\.(?=[01]\.)", r"layers.\1."),
