@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         x = self.patch_in(x) + self.patch_pos                                          # (B,N,width)
         x = self.merge(torch.cat([projected, x], 1))                                   # (B,K+N,width)
         rotary = self.rotary(H // p)
-        data = self.config["predict"] == "data"  # its training hardly draws t > 0.9: the network is told 0.9 there
+        data = self.config["predict"] == "data"  # trained mostly near noise, it hardly learns t > 0.9: it is told 0.9
         c = self.mapping((1 - t).clamp(min=0.1 if data else 0))  # (B or 1,mapping); the authors reverse time
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():  # recompute activations in the backward pass

@@ -214,6 +214,8 @@ def test_decoder_that_predicts_data():
     x, z, t = torch.randn(4, 3, 16, 16), torch.randn(4, 1, 24), torch.tensor([0.0, 0.2, 0.5, 0.9])
     assert torch.allclose(x + (1 - t)[:, None, None, None] * d(x, t, z), -v(x, t, z), atol=1e-5)
     assert d(x, torch.ones(4), z).isfinite().all()
+    late = [x + (1 - s) * d(x, torch.tensor([s]), z) for s in (0.8, 0.9, 0.98)]  # told at most 0.9, as in training
+    assert torch.allclose(late[1], late[2], atol=1e-5) and not torch.allclose(late[0], late[1], atol=1e-3)
     d.zero_init()
     assert all(dec.euler(lambda x_t, t: d(x_t, t, z), x, steps).abs().max() < 1e-5 for steps in (20, 50))
 

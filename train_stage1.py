@@ -49,14 +49,14 @@ PAPER = dict(pixels=256, steps=10**6, batch=512, lr=1e-4, warmup=2000, decay=Fal
              predict="velocity", save_every=10_000)
 NANO = dict(pixels=16, steps=1200, batch=64, optimizer="muon", lr=3e-3, warmup=50, decay=True, ema=0.99,
             t_mean=-0.3, cache=True, predict="velocity", registers=4, save_every=500)
-DRAWN = dict(NANO, steps=800, predict="data", t_mean=-2, registers=0)  # no --data: a token tells nearly all
+DRAWN = dict(NANO, steps=800, predict="data", t_mean=-2, registers=0)  # no --data: its tokens tell nearly all
 
 def main():
     """Stage 1 from the command line: check, build or restore, then the loop. Raises UserError."""
     args = options()
     initial = RepTok.load(args.init) if args.init else None
     drawn = initial.decoder.config["predict"] == "data" if initial else not args.data
-    fill_defaults(args, PAPER, DRAWN if drawn else NANO, initial)  # by --size
+    fill_defaults(args, PAPER, DRAWN if drawn else NANO, initial)  # by --size and pictures
     if args.write_data:
         return write_data(args.write_data, args.num, args.seed, args.pixels)
     ranks = Ranks(args.device, args.dtype, args.batch, args.accumulate)  # the processes of torchrun, or this one alone
@@ -246,7 +246,7 @@ def options():
     p.section = p.sections["optimisation"]
     p.add("--lam", 0.1, "lambda, the weight of the cosine term (Eq. 3)", type=number(0))
     p.add("--token-lr", 1.0, "learning rate of the token embedding, as a multiple of --lr", type=number(0))
-    p.add("--predict", None, "the decoder's output (default: data for nano's digits)", choices=["velocity", "data"])
+    p.add("--predict", None, "the decoder's output (default: velocity; digits: data)", choices=["velocity", "data"])
     p.add("--t-mean", None, "t = sigmoid(N(this,1)); negative values favour noise", type=number(-10, 10))
     p.section = p.sections["rarely needed"]
     p.add("--cache", None, "file cache of frozen networks' outputs (nano: on)", action=argparse.BooleanOptionalAction)
