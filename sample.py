@@ -1,7 +1,7 @@
 """A trained RepTok: generate pictures, reconstruct, interpolate, write pictures for scoring, export.
 
     python sample.py --ckpt out/stage2.pt                                      # a row of every class, up to ten
-    python sample.py --ckpt out/stage2.pt --classes 3 7 --per-class 16 --cfg 1.5
+    python sample.py --ckpt out/stage2.pt --classes heart star --per-class 16 --cfg 1.5
     python sample.py --ckpt out/stage1.pt --reconstruct a.png b.png            # inputs above, reconstructions below
     python sample.py --ckpt out/stage1.pt --interpolate a.png b.png            # a straight line between two tokens
     python sample.py --ckpt reptok-xl-600k-ImageNet.ckpt --classes 207 981     # the authors' checkpoint

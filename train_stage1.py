@@ -1,17 +1,19 @@
 """Stage 1: train the decoder and, of the encoder, only the class-token embedding (RepTok, arXiv 2510.14630, Sec. 3).
 
-    python train_stage1.py                                # coloured digits, no download: minutes on two CPU cores
+    python train_stage1.py --encoder docs/encoder.pt      # coloured shapes, no download: minutes on two CPU cores
     python train_stage1.py --data FOLDER                  # own pictures, at 16 pixels; sub-folders are classes
     torchrun --nproc-per-node 8 train_stage1.py --data imagenet/train --size XL --encoder dinov2_vitb14_reg --vae FILE
 
-Writes OUT/stage1.pt (complete in itself), OUT/stage1.jsonl (one line per logged step), OUT/stage1.png (inputs above,
-reconstructions below) and, if it trains a small encoder first, OUT/encoder.pt. The same command resumes a stopped run.
+Writes OUT/stage1.pt (complete in itself), OUT/stage1.jsonl (one line per logged step), OUT/stage1.png (pictures; what
+is drawn from the untuned token z0; what is drawn from z) and, if it trains a small encoder first, OUT/encoder.pt. The
+same command resumes a stopped run.
 
 The method is the loop in `main`. Below it: the parts of stage 1, then the code that both trainers share. Letters:
 B pictures per step, b per micro-batch, K tokens per picture, D token width, S side of a picture, (C,h,w) a latent.
 """
 import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -27,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import decoder as dec
@@ -46,17 +48,39 @@ SIZES = {"nano": {"decoder": dict(width=128, depth=4, heads=4, patch=4, mapping=
          "XL": {"decoder": dict(width=1152, depth=28, heads=16), "mixer": dict(hidden=1280, depth=28)}}
 # Steps and batch are the paper's; what it leaves open is ours.
 PAPER = dict(pixels=256, steps=10**6, batch=512, lr=1e-4, warmup=2000, decay=False, ema=0.9999, t_mean=0, cache=False,
-             predict="velocity", save_every=10_000)
-NANO = dict(pixels=16, steps=1200, batch=64, optimizer="muon", lr=3e-3, warmup=50, decay=True, ema=0.99,
-            t_mean=-0.3, cache=True, predict="velocity", registers=4, save_every=500)
-DRAWN = dict(NANO, steps=800, predict="data", t_mean=-2, registers=0)  # no --data: its tokens tell nearly all
+             token_lr=1.0, predict="velocity", save_every=10_000)
+# Nano is not in the paper: one setting for the drawn shapes and for own pictures, minutes long.
+NANO = dict(
+    pixels=16,
+    steps=1600,
+    batch=64,
+    lr=3e-3,           # 30 times the usual one: the network is small and the run is short
+    muon_lr=0.02,      # Muon for the decoder's matrices: AdamW alone needs far more steps
+    token_lr=10.0,     # the embedding's rate is 10 times lr: AdamW moves each of its 128 numbers by about that a step
+    warmup=50,
+    decay=True,        # flat to half of the run, then a line to 0
+    ema=0.99,
+    predict="data",    # the decoder works on pixels, not on a VAE's latents; v follows, and the loss is Eq. 1 (JiT)
+    t_mean=-2,         # near noise the decoder has only the token to draw from, and learns to read it
+    cache=True,
+    save_every=500,
+)
+# Nano's own encoder, where no --encoder is given.
+ENCODER = dict(
+    batch=64,          # each of them in two views
+    lr=1e-3,
+    muon_lr=0.01,
+    warmup=50,
+    drawing=50.0,      # weight of the register's squared error, which is small beside the contrast
+)
 
 def main():
     """Stage 1 from the command line: check, build or restore, then the loop. Raises UserError."""
     args = options()
     initial = RepTok.load(args.init) if args.init else None
-    drawn = initial.decoder.config["predict"] == "data" if initial else not args.data
-    fill_defaults(args, PAPER, DRAWN if drawn else NANO, initial)  # by --size and pictures
+    fill_defaults(args, PAPER, NANO, initial)  # by --size
+    if initial:
+        args.predict = initial.decoder.config["predict"]
     if args.write_data:
         return write_data(args.write_data, args.num, args.seed, args.pixels)
     ranks = Ranks(args.device, args.dtype, args.batch, args.accumulate)  # the processes of torchrun, or this one alone
@@ -70,7 +94,7 @@ def main():
     model = RepTok(tokenizer, decoder, vae, classes=pictures.classes, data=(pictures.source, pictures.fingerprint))
     tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing  # recompute activations backwards
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # tokenizer.embedding, decoder
-    optimizer = new_optimizer(trained, args)  # AdamW or Muon
+    optimizer = new_optimizer(trained, args.lr, args.muon_lr, args.token_lr)
     ema = EMA(trained, args.ema)
     first = restore(saved, optimizer, ema) if saved else 0  # the step to begin with
     encode = ranks.wrap(tokenizer, args.compile)  # the same networks, with gradients averaged over all processes
@@ -124,15 +148,29 @@ def main():
         if ranks.main and (end or picture_due(step + 1, args.steps)):
             with ema.applied(), torch.no_grad(), ranks.autocast():
                 shown = held_out(pictures, args, 100 if end else 10)                                      # (n,3,S,S)
-                decoded = model.decode(model.encode(shown), steps=20)                                     # (n,3,S,S)
-                sample.save_grid(out.with_suffix(".png"), [shown[:10], decoded[:10]])
+                z = model.encode(shown)                                                                   # (n,K,D)
+                z0 = tokenizer.z0(shown.to(device))                                                       # (n,K,D)
+                from_z0 = model.decode(z0, steps=20)                                                      # (n,3,S,S)
+                from_z = model.decode(z, steps=20)                                                        # (n,3,S,S)
+                sample.save_grid(out.with_suffix(".png"), [shown[:10], from_z0[:10], from_z[:10]])
         if end:
             break
-    which = "training pictures" if pictures.source else "held-out digits"
-    psnr = fid.psnr(fid.to_uint8(shown.cpu()), fid.to_uint8(decoded.cpu())).mean() if ranks.main else 0
-    log.close(out, step + 1, f"PSNR {psnr:.2f} dB on {which}; next: python train_stage2.py --out {args.out}")
+    log.close(out, step + 1, f"next: python train_stage2.py --out {args.out}")
+    if ranks.main:
+        print(lesson(tokenizer, pictures, shown, from_z0, from_z, z0, z))
 
 # ---- Below: what stage 1 is built from, and its command line
+def lesson(tokenizer, pictures, shown, from_z0, from_z, z0, z):
+    """The last line of a run: what tuning the token has brought, on images (n,3,S,S) and tokens (n,K,D)."""
+    which = "training pictures" if pictures.source else "held-out shapes"
+    psnr, psnr0 = (fid.psnr(fid.to_uint8(shown.cpu()), fid.to_uint8(x.cpu())).mean() for x in (from_z, from_z0))
+    cosine = 1 - cosine_loss(z, z0).mean()
+    trained = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in tokenizer.vit.parameters())
+    line = f"{which}: PSNR {psnr:.2f} dB from z, {psnr0:.2f} dB from z0; cos(z, z0) {cosine:.3f}; "
+    line += f"{trained:,} of {total:,} encoder numbers trained"
+    return line + ("; to compare: the same with --unfreeze none --out frozen" if trained else "")
+
 def frozen_networks(args, tokenizer, vae, pictures, ranks):
     """Returns a function: images (b,3,S,S), their indices (b,), mirrored or not (b,) -> the frozen networks' outputs,
     mean and log-variance of the latents (b,C,h,w), z0 (b,K,D); with --cache, from a file."""
@@ -171,66 +209,92 @@ def new_vit(args):
     """An untrained ViT: nano's own, or DINOv2 ViT-B/14's shape with registers."""
     torch.manual_seed(args.seed)
     if args.size == "nano":
-        return ViT(pixels=args.pixels, grid=args.pixels // 4, hidden=256, registers=args.registers)
+        return ViT(pixels=args.pixels, grid=args.pixels // 4, hidden=256, registers=1)
     return ViT(768, 12, 12, 3072, 14, 37, 4, True, pixels=224, mean=tok.IMAGENET[0], std=tok.IMAGENET[1])
 
 def pretrained(args, pictures, ranks):
-    """Nano's own encoder: a small ViT trained on the pictures themselves. Returns the path of OUT/encoder.pt."""
+    """Nano's own encoder where none is given: a small ViT, trained on the pictures. Returns the path of OUT/encoder.pt.
+
+    It stands in for DINOv2. Like DINOv2 it learns without labels: its class token learns to be the same for two views
+    of a picture, moved and recoloured, and so keeps what the views share, the shape; its one register learns to draw
+    its view, so that the network can compute colour and place too, which DINOv2's registers and patches hold better
+    than its class token (the paper's Table 5). DINOv2 learns from a teacher and from masked patches, on 142 million
+    photographs; this one by contrast within a batch (SimCLR) and by drawing, on the pictures of the run."""
     path = Path(args.out, "encoder.pt")
-    names = ("seed", "pretrain", "pretrain_steps", "registers", "pixels")
-    settings = {"data": pictures.fingerprint, **{name: getattr(args, name) for name in names}}
+    settings = {name: getattr(args, name) for name in ("seed", "pretrain_steps", "pixels")}
+    settings["data"] = pictures.fingerprint
     if path.exists() and not args.fresh:
         refuse_changes(path, load_checkpoint(path, ["encoder"])["settings"], settings)
-    elif ranks.main:
-        print(f"No encoder given: a small ViT is trained on the pictures first (--pretrain {args.pretrain})")
-        patches = slice(1 + args.registers, None)  # if these learn to draw, the class token is free to drop colour
-        drawing, side = (patches, 4) if args.pretrain == "patches" else (slice(1), args.pixels)
-        vit = new_vit(args).to(ranks.device)
-        head = nn.Linear(vit.pos_embed.shape[-1], 3 * side**2).to(ranks.device)
-        plan = argparse.Namespace(batch=min(64, len(pictures)), steps=args.pretrain_steps, seed=args.seed + 1,
-                                  optimizer="muon", lr=1e-3, muon_lr=0.01, rank=0, world=1)
-        batches = load_batches(pictures, picture_order(len(pictures), plan, plan), ranks.device, args.workers)
-        optimizer = new_optimizer(dict(vit.named_parameters()) | dict(head.named_parameters()), plan)
-        shown = held_out(pictures, args, 10).to(ranks.device)
-        draw = torch.Generator(ranks.device).manual_seed(args.seed)
-        for step, (x, *_) in enumerate(tqdm(batches, "encoder", plan.steps, dynamic_ncols=True)):
-            x = torch.cat([tok.augment(x, draw), tok.augment(x, draw)])  # two views of each, (2B,3,S,S)
-            tokens = vit(x)                                                                           # (2B,1+R+N,D)
-            error = head(tokens[:, drawing]) - F.unfold(x, side, stride=side).mT                          # (2B,n,3ss)
-            (tok.contrastive_loss(*tokens[:, 0].chunk(2)) + 10 * error.square().mean()).backward()
-            for group in optimizer.param_groups:  # warm-up 50 steps, flat to half, linear to .05: beats cosine here
-                group["lr"] = group["rate"] * min(1, (step + 1) / 50, 0.05 + 1.9 * (1 - step / plan.steps))
-            optimizer.step()
-            optimizer.zero_grad()
-            if picture_due(step + 1, plan.steps):
-                with torch.no_grad():
-                    drawn = F.fold(head(vit(shown)[:, drawing]).mT, shown.shape[-2:], side, stride=side)
-                    sample.save_grid(path.with_name("stage1.png"), [shown, drawn])
-        content = {"kind": "encoder", "settings": settings, "config": vit.config, "state": vit.cpu().state_dict()}
-        save_checkpoint(path, content)
+        return path
+    if ranks.main:
+        print("No --encoder given: a small ViT is trained on the pictures first, without labels")
+        vit = train_encoder(args, pictures, ranks.device, path.with_name("stage1.png"))
+        state = {name: tensor.half() for name, tensor in vit.cpu().state_dict().items()}  # half as large a file
+        save_checkpoint(path, {"kind": "encoder", "settings": settings, "config": vit.config, "state": state})
     ranks.any_process()  # the others wait for the file
     return path
 
+def train_encoder(args, pictures, device, preview):
+    """Returns the small ViT of `pretrained`; the file `preview` shows pictures, and below what its register draws."""
+    vit = new_vit(args).to(device)
+    width = vit.pos_embed.shape[-1]
+    draw = nn.Linear(width, 3 * args.pixels**2).to(device)  # register -> the pixels of its view
+    trained = {**dict(vit.named_parameters()), **dict(draw.named_parameters())}
+    optimizer = new_optimizer(trained, ENCODER["lr"], ENCODER["muon_lr"])
+    shown = held_out(pictures, args, 10).to(device)                                                       # (10,3,S,S)
+    batch = min(ENCODER["batch"], len(pictures))
+    random = torch.Generator(device).manual_seed(args.seed)
+    shuffle = torch.Generator().manual_seed(args.seed)
+    order = []  # the pictures that this epoch has left
+    for step in tqdm(range(args.pretrain_steps), "encoder", dynamic_ncols=True):
+        if len(order) < batch:
+            order = torch.randperm(len(pictures), generator=shuffle).tolist()
+        chosen = order[:batch]
+        order = order[batch:]
+        x = to_float(torch.stack([pictures[i][0] for i in chosen])).to(device)                            # (B,3,S,S)
+        views = torch.cat([tok.augment(x, random), tok.augment(x, random)])                               # (2B,3,S,S)
+        tokens = vit(views)                                                                               # (2B,2+N,D)
+        cls = tokens[:, 0]                                                                                # (2B,D)
+        register = tokens[:, 1]                                                                           # (2B,D)
+        contrast = tok.contrastive_loss(*cls.chunk(2))
+        drawing = F.mse_loss(draw(register), views.flatten(1))
+        loss = contrast + ENCODER["drawing"] * drawing
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * short_run(step, args.pretrain_steps, ENCODER["warmup"])
+        optimizer.step()
+        optimizer.zero_grad()
+        if picture_due(step + 1, args.pretrain_steps):
+            with torch.no_grad():
+                drawn = draw(vit(shown)[:, 1]).view_as(shown)                                             # (10,3,S,S)
+            sample.save_grid(preview, [shown, drawn])
+    return vit
+
+def short_run(step, steps, warmup):
+    """The share of the learning rate in a short run: up in a line over `warmup` steps, flat to half of the run, and
+    down to 0 in a line."""
+    return min(1.0, (step + 1) / max(1, warmup), 2 * (1 - step / steps))
+
 def picture_due(step, steps):
-    """Whether the picture of a run is drawn after `step` of `steps`: early once, then ten times."""
-    return step == 30 or step % max(1, steps // 10) == 0
+    """Whether the picture of a run is drawn after `step` of `steps`: early once, then ten times in a long run."""
+    return step == 30 or step % max(30, steps // 10) == 0
 
 def held_out(pictures, args, count):
-    """Images (count,3,S,S) to look at: held-out digits, or some of the pictures of --data, which are trained on."""
+    """Images (count,3,S,S) to look at: held-out shapes, or some of the pictures of --data, which are trained on."""
     if pictures.source:
         count = min(count, len(pictures))
         order = sorted(range(count), key=lambda i: i % max(1, count // 10))  # the first ten spread over all, too
         return to_float(torch.stack([pictures[i * len(pictures) // count][0] for i in order]))
-    digits = [draw_digit(plan_digit(i, args.seed + 1), args.pixels) for i in range(count)]
-    return to_float(torch.from_numpy(np.stack(digits)).permute(0, 3, 1, 2))
+    shapes = [draw_shape(plan_shape(i, args.seed + 1), args.pixels) for i in range(count)]
+    return to_float(torch.from_numpy(np.stack(shapes)).permute(0, 3, 1, 2))
 
 def write_data(folder, count, seed, pixels):
-    """The default pictures as FOLDER/digit/number.png."""
+    """The default pictures as FOLDER/shape/number.png."""
     for i in tqdm(range(count), desc="pictures", dynamic_ncols=True):
-        plan = plan_digit(i, seed)
-        path = Path(folder, str(plan.digit), f"{i:06d}.png")
+        plan = plan_shape(i, seed)
+        path = Path(folder, plan.shape, f"{i:06d}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw_digit(plan, pixels)).save(path)
+        Image.fromarray(draw_shape(plan, pixels)).save(path)
 
 def options():
     """The command line of stage 1."""
@@ -245,27 +309,24 @@ def options():
     p.add("--token", "cls", "read class token, one register, or all (K = 1 + registers)", choices=["cls", "reg", "all"])
     p.section = p.sections["optimisation"]
     p.add("--lam", 0.1, "lambda, the weight of the cosine term (Eq. 3)", type=number(0))
-    p.add("--token-lr", 1.0, "learning rate of the token embedding, as a multiple of --lr", type=number(0))
-    p.add("--predict", None, "the decoder's output (default: velocity; digits: data)", choices=["velocity", "data"])
+    p.add("--token-lr", None, "learning rate of the token embedding, in --lr (nano: 10; else 1)", type=number(0))
+    p.add("--predict", None, "the decoder's output (nano: data; else velocity)", choices=["velocity", "data"])
     p.add("--t-mean", None, "t = sigmoid(N(this,1)); negative values favour noise", type=number(-10, 10))
     p.section = p.sections["rarely needed"]
     p.add("--cache", None, "file cache of frozen networks' outputs (nano: on)", action=argparse.BooleanOptionalAction)
     p.add("--checkpointing", False, "recompute activations: less memory, more time", action="store_true")
-    p.add("--pretrain", "token", "which outputs of nano's own encoder learn to draw", choices=["token", "patches"])
     p.add("--pretrain-steps", 800, "steps of nano's own encoder, 64 pictures each", type=whole(1))
-    p.add("--registers", None, "register tokens of nano's own encoder (default: 4; digits: 0)", type=whole(0))
     p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
     p.add("--write-data", None, "write --num pictures of the default data to this folder, and exit")
     p.add("--num", 2000, "how many pictures --write-data writes", type=whole(1))
     args = p.parse_args()
-    own = args.encoder in (None, "random") and args.size in (None, "nano")
+    own = not args.encoder and args.size in (None, "nano")
     for condition, why, names in (
             (args.init, "--init takes its networks from the checkpoint",
-             "encoder vae pixels unfreeze token reg_index pretrain pretrain_steps registers predict"),
-            (args.encoder == "random", "--encoder random trains all, lambda 0", "unfreeze lam pretrain pretrain_steps"),
+             "encoder vae pixels unfreeze token reg_index pretrain_steps predict"),
+            (args.encoder == "random", "--encoder random trains all, lambda 0", "unfreeze lam"),
             (not args.encoder, "it needs a CLIP file as --encoder", "gelu"),
-            (not own, "this run trains no encoder of its own", "pretrain pretrain_steps registers"),
-            (own and not (args.registers or args.data), "without --registers N there are no register tokens", "token")):
+            (not own, "this run trains no encoder of its own", "pretrain_steps")):
         for name in names.split():
             if condition and getattr(args, name) != p.get_default(name):
                 raise UserError(f"--{name.replace('_', '-')}: {why}; leave the option out")
@@ -305,19 +366,22 @@ def orthogonal(x, steps=5):
         a = p @ a @ p
     return q @ x
 
-def new_optimizer(trained, args):
-    """AdamW without weight decay; with --optimizer muon, Muon for the matrices of attention and MLPs."""
+def new_optimizer(trained, lr, muon_lr=0.0, token_lr=1.0):
+    """AdamW without weight decay for {name: parameter}; with `muon_lr`, Muon for the matrices of attention and MLPs.
+    token_lr: the rate of the tokenizer's embedding, as a multiple of lr."""
     groups = {}
     for name, p in trained.items():
-        muon = args.optimizer == "muon" and p.ndim == 2 and bool(re.search(r"\.(attn|ff|mlp|tokens|channels)\.", name))
-        rate = args.lr * args.token_lr if name == "tokenizer.embedding" else args.muon_lr if muon else args.lr
+        muon = muon_lr > 0 and p.ndim == 2 and bool(re.search(r"\.(attn|ff|mlp|tokens|channels)\.", name))
+        rate = lr * token_lr if name == "tokenizer.embedding" else muon_lr if muon else lr
         groups.setdefault((muon, rate), {"params": [], "muon": muon, "lr": rate, "rate": rate})["params"].append(p)
-    return Muon(groups.values(), lr=args.lr, weight_decay=0.0, fused=True)
+    return Muon(groups.values(), lr=lr, weight_decay=0.0, fused=True)
 
 def set_learning_rate(optimizer, step, args):
     """Linear warm-up, then constant; for nano, cosine decay to 0. Returns the current value of --lr."""
-    factor = min(1.0, (step + 1) / max(1, args.warmup))
-    factor *= 0.5 + 0.5 * math.cos(math.pi * step / args.steps) if args.decay else 1.0
+    if args.decay:
+        factor = short_run(step, args.steps, args.warmup)
+    else:
+        factor = min(1.0, (step + 1) / max(1, args.warmup))
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * factor
     return args.lr * factor
@@ -495,42 +559,118 @@ def precompute(name, digest, fields, pictures, ranks, args, compute):
     return np.load(path, mmap_mode="r")
 
 # ---- Shared: pictures
-DIGITS = 10_000  # pictures of the default data
-COLOURS = {"black": (15, 15, 15), "white": (240, 240, 240), "grey": (128, 128, 128), "red": (200, 30, 30),
-           "green": (40, 160, 40), "dark blue": (25, 25, 130), "light blue": (120, 190, 245), "yellow": (240, 220, 40),
-           "purple": (150, 40, 180), "orange": (240, 130, 20)}
-TEMPLATES = ["a {ink} {digit} on a {ground} ground", "the digit {digit} in {ink} on {ground}",
-             "a {digit}, {ink}, on a {ground} background", "on {ground}, a {ink} {digit}",
-             "{ground} ground with a {ink} {digit}"]
-digit_font = functools.cache(ImageFont.load_default)  # Pillow's own, so that nothing has to be installed
+NUM_SHAPES = 10_000  # pictures of the default data
+SHAPES = ["bar", "circle", "cross", "diamond", "heart", "moon", "ring", "square", "star", "triangle"]
+COLOURS = {
+    "black": (15, 15, 15),
+    "white": (240, 240, 240),
+    "grey": (128, 128, 128),
+    "red": (200, 30, 30),
+    "green": (40, 160, 40),
+    "dark blue": (25, 25, 130),
+    "light blue": (120, 190, 245),
+    "yellow": (240, 220, 40),
+    "purple": (150, 40, 180),
+    "orange": (240, 130, 20),
+}
+PALETTE = np.array(list(COLOURS.values()))  # (10,3)
+SIZE = (0.26, 0.42)  # smallest and largest radius of a shape, as a share of the picture's side
+CAPTIONS = [
+    "a {size} {ink} {shape} on a {ground} ground",
+    "on {ground}, a {size} {ink} {shape}",
+    "a {size} {shape}, {ink}, on a {ground} background",
+    "the {size} {shape} in {ink} on {ground}",
+    "{ground} ground with a {size} {ink} {shape}",
+]
 
-def plan_digit(i, seed, named=False):
-    """What picture i of the default data shows, a function of (i, seed) alone; `named`: its colours are of COLOURS."""
+@dataclasses.dataclass
+class ShapePlan:
+    """What one picture of the default data shows."""
+    shape: str           # one of SHAPES, which is its class
+    size: float          # radius, as a share of the picture's side
+    place: np.ndarray    # (2,) how far right and down of the middle, as a share of the side
+    turn: float          # degrees
+    ink: np.ndarray      # (3,) red, green, blue of the shape, 0 to 255
+    ground: np.ndarray   # (3,) the same of what lies around it
+    captions: list       # texts that name shape, colours and, at the ends of its range, size
+
+def plan_shape(i, seed):
+    """The plan of picture i, a function of (i, seed) alone. Everything but the shape's name is a detail that a class
+    token which knows only the class cannot tell."""
     rng = np.random.default_rng([seed, i])
-    plan = argparse.Namespace(digit=int(rng.integers(10)), height=rng.uniform(0.8, 1.0),
-                              shift=rng.uniform(-0.08, 0.08, 2), stroke=int(rng.integers(4)), turn=rng.uniform(-15, 15))
-    plan.ink = plan.ground = np.zeros(3)
-    while np.abs(plan.ink - plan.ground).sum() < 250:
-        plan.ink, plan.ground = rng.integers(256, size=(2, 3)).astype(float)
-        if named:
-            names = rng.choice(list(COLOURS), 2)
-            plan.ink, plan.ground = (np.clip(COLOURS[name] + rng.uniform(-15, 15, 3), 0, 255) for name in names)
-            plan.captions = [text.format(digit=plan.digit, ink=names[0], ground=names[1]) for text in TEMPLATES]
-    return plan
+    shape = SHAPES[rng.integers(len(SHAPES))]
+    size = rng.uniform(*SIZE)
+    place = rng.uniform(-0.1, 0.1, 2)
+    turn = rng.uniform(-15, 15)
+    ink, ground = rng.integers(256, size=(2, 3)).astype(float)
+    while np.abs(ink - ground).sum() < 250:  # too alike to see the shape
+        ink, ground = rng.integers(256, size=(2, 3)).astype(float)
+    words = {"shape": shape, "size": size_word(size), "ink": nearest_colour(ink), "ground": nearest_colour(ground)}
+    captions = [" ".join(text.format(**words).split()) for text in CAPTIONS]  # split: there may be no size
+    captions = [text.replace("a orange", "an orange") for text in captions]
+    return ShapePlan(shape, size, place, turn, ink, ground, captions)
 
-def draw_digit(plan, size):
+def size_word(size):
+    """"small" for the lower two fifths of SIZE, "large" for the upper two, no word between."""
+    share = (size - SIZE[0]) / (SIZE[1] - SIZE[0])
+    if share < 0.4:
+        return "small"
+    return "large" if share > 0.6 else ""
+
+def nearest_colour(rgb):
+    """The name in COLOURS that is nearest to rgb (3,), 0 to 255, by the sum of absolute differences."""
+    distance = np.abs(PALETTE - rgb).sum(1)                                      # (10,)
+    return list(COLOURS)[distance.argmin()]
+
+def circle_of(points, radii=(1.0,)):
+    """Corners (points,2), x to the right and y down, on a circle from its top on; `radii` take turns."""
+    angle = 2 * np.pi * np.arange(points) / points
+    radius = np.resize(radii, points)
+    return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], 1)
+
+def heart_outline():
+    """Corners (60,2) of the well-known heart of sines and cosines."""
+    a = 2 * np.pi * np.arange(60) / 60
+    x = 16 * np.sin(a) ** 3
+    y = 13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)
+    return np.stack([x, 1 - y], 1) / 16.5
+
+# The outline of each shape at radius 1: corners (n,2), x to the right and y down.
+OUTLINES = {
+    "bar": [(-0.3, -1.1), (0.3, -1.1), (0.3, 1.1), (-0.3, 1.1)],
+    "circle": circle_of(60),
+    "cross": [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
+              (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
+    "diamond": [(0, -1.1), (0.72, 0), (0, 1.1), (-0.72, 0)],
+    "heart": heart_outline(),
+    "moon": circle_of(60),
+    "ring": circle_of(60),
+    "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
+    "star": circle_of(10, radii=(1.12, 0.47)),
+    "triangle": [(0, -0.95), (0.95, 0.75), (-0.95, 0.75)],
+}
+HOLES = {  # what is cut out of two of them
+    "moon": 0.85 * circle_of(60) + (0.5, -0.15),
+    "ring": 0.55 * circle_of(60),
+}
+
+def draw_shape(plan, size):
     """A planned picture, uint8 (size,size,3)."""
-    big = 4 * size  # drawn large, then averaged down
-    x, y = big / 2 + plan.shift * big
+    big = 8 * size  # drawn large, then averaged down, for smooth edges
     mask = Image.new("L", (big, big))
-    font = digit_font(round(big * plan.height))
-    ImageDraw.Draw(mask).text((x, y), str(plan.digit), fill=255, font=font, anchor="mm", stroke_width=plan.stroke)
-    mask = mask.rotate(plan.turn, Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BOX)
-    share = np.asarray(mask, np.float32)[..., None] / 255                                                # (size,size,1)
+    paint = ImageDraw.Draw(mask)
+    angle = math.radians(plan.turn)
+    rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    for outlines, fill in ((OUTLINES, 255), (HOLES, 0)):
+        if plan.shape in outlines:
+            corners = plan.size * np.array(outlines[plan.shape]) @ rotation + plan.place + 0.5
+            paint.polygon([tuple(corner) for corner in big * corners], fill=fill)
+    mask = mask.resize((size, size), Image.Resampling.BOX)
+    share = np.asarray(mask, np.float32)[..., None] / 255                        # (size,size,1)
     return (plan.ground + share * (plan.ink - plan.ground)).round().astype(np.uint8)
 
 class Pictures(torch.utils.data.Dataset):
-    """An indexed set of pictures: the default digits where `source` is None, else a folder (any tree), a .tar, or a
+    """An indexed set of pictures: the default shapes where `source` is None, else a folder (any tree), a .tar, or a
     folder of .tar shards. [i] -> (uint8 (3,pixels,pixels), label, index): the next readable picture stands in for one
     that cannot be read. labels (N,) long; classes: names of the top folders, sorted, [] where there are none.
     fingerprint: SHA-256 of the names. UserError where there are no pictures or only some lie in class folders."""
@@ -539,10 +679,10 @@ class Pictures(torch.utils.data.Dataset):
         self.pixels = pixels
         self.kept = {}
         if source is None:
-            self.plans = [plan_digit(i, seed, captions) for i in range(DIGITS)]
-            self.names = [f"digit {i}" for i in range(DIGITS)]
-            tops = [str(plan.digit) for plan in self.plans]
-            stamp = f"digits {seed} {DIGITS} {captions}"
+            self.plans = [plan_shape(i, seed) for i in range(NUM_SHAPES)]
+            self.names = [f"shape {i}" for i in range(NUM_SHAPES)]
+            tops = [plan.shape for plan in self.plans]
+            stamp = f"shapes {seed} {NUM_SHAPES}"
         else:
             self.found = ranks.once(lambda: list_files(self.source)) if ranks else list_files(self.source)
             self.names = [name for name in self.found if name.lower().endswith(fid.SUFFIXES)]
@@ -564,7 +704,7 @@ class Pictures(torch.utils.data.Dataset):
         if i in self.kept:
             return self.kept[i]
         if self.source is None:
-            x = torch.from_numpy(draw_digit(self.plans[i], self.pixels)).permute(2, 0, 1)
+            x = torch.from_numpy(draw_shape(self.plans[i], self.pixels)).permute(2, 0, 1)
         else:
             with fid.naming(f"{self.names[i]}: not a readable picture"):
                 x = sample.load_picture(io.BytesIO(fid.read_bytes(self.found[self.names[i]])), self.pixels)
@@ -628,9 +768,9 @@ def common_options(p):
     """The options of both trainers, in the groups of --help."""
     p.sections = {name: p.add_argument_group(name) for name in ("data", "model", "optimisation", "rarely needed")}
     p.section = p.sections["data"]
-    p.add("--data", None, "folder (sub-folders are classes), .tar, .tar shards, or .jsonl; default: digits")
+    p.add("--data", None, "folder (sub-folders are classes), .tar, .tar shards, or .jsonl; default: shapes")
     p.add("--out", "out", "folder for checkpoint, log and pictures")
-    p.add("--flip", False, "mirror half of the pictures (not for digits)", action="store_true")
+    p.add("--flip", False, "mirror half of the pictures (not for captions that say left or right)", action="store_true")
     p.add("--fresh", False, "start again and overwrite --out", action="store_true")
     p.section = p.sections["model"]
     p.add("--size", None, "network size; default: the checkpoint's, or nano", choices=[*SIZES])
@@ -638,9 +778,8 @@ def common_options(p):
     p.add("--steps", None, "optimizer steps in all", type=whole(1))
     p.add("--batch", None, "pictures per step, over all GPUs and micro-batches", type=whole(1))
     p.add("--accumulate", 1, "micro-batches per GPU and step; more of them save memory", type=whole(1))
-    p.add("--optimizer", None, "default: muon in nano's stage 1, else adamw", choices=["adamw", "muon"])
     p.add("--lr", None, "AdamW learning rate after warm-up", type=number(0))
-    p.add("--muon-lr", 0.02, "Muon's learning rate after warm-up", type=number(0))
+    p.add("--muon-lr", None, "Muon's learning rate (nano's stage 1: 0.02; else 0, AdamW alone)", type=number(0))
     p.add("--warmup", None, "steps of linear warm-up", type=whole(0))
     p.add("--ema", None, "decay of the averaged weights", type=number(0, 1))
     p.add("--clip-grad", 1.0, "largest norm of the gradient; 0 is none", type=number(0))
@@ -664,7 +803,7 @@ def fill_defaults(args, paper, nano, model=None):
         args.size = next((size for size, shape in SIZES.items() if shape["decoder"]["width"] == width), None)
         if not args.size:
             raise UserError(f"--size: checkpoint's decoder width {width} fits none of {', '.join(SIZES)}; give --size")
-    for name, value in {"optimizer": "adamw", **(nano if args.size == "nano" else paper)}.items():
+    for name, value in {"muon_lr": 0.0, **(nano if args.size == "nano" else paper)}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
 

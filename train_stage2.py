@@ -67,7 +67,7 @@ def main():
     model.tokenizer.requires_grad_(False)
     model.decoder.requires_grad_(False)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # Mixer, small text encoder
-    optimizer = shared.new_optimizer(trained, args)
+    optimizer = shared.new_optimizer(trained, args.lr, args.muon_lr)
     ema = EMA(trained, args.ema)
     first = shared.restore(saved, optimizer, ema) if saved else 0
     mixer = ranks.wrap(model.mixer, args.compile)  # the same networks, with gradients averaged over all processes
@@ -241,7 +241,7 @@ def options():
     shared.common_options(p)
     p.section = p.sections["model"]
     p.add("--stage1", None, "checkpoint of stage 1, ours or the authors' (default: OUT/stage1.pt)")
-    p.add("--captions", None, "captioned pictures, instead of --data; alone: captioned digits", nargs="?", const=True)
+    p.add("--captions", None, "captioned pictures, instead of --data; alone: captioned shapes", nargs="?", const=True)
     p.add("--clip", None, "CLIP file that reads captions; default: features beside the pictures, or a small encoder")
     p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
     p.section = p.sections["optimisation"]

@@ -1,0 +1,60 @@
+"""The picture at the top of the README: what tuning the token brings, then generated shapes.
+
+    python -m docs.lesson out/stage2.pt      # in the folder of the repository; writes docs/shapes.png
+"""
+import sys
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from fid import to_uint8
+from sample import RepTok, to_float
+from train_stage1 import SHAPES, draw_shape, plan_shape
+
+COLUMNS = 16
+SIDE = 48     # of each small picture, on paper
+MARGIN = 150  # for the words on the left
+GAP = 12      # between the two halves
+
+
+def held_out(count, seed=1):
+    """Images (count,3,16,16) in [-1,1] that no training with seed 0 has seen, class after class."""
+    plans = [plan_shape(i, seed) for i in range(40 * count)]
+    chosen = [next(plan for plan in plans[40 * n:] if plan.shape == SHAPES[n % 10]) for n in range(count)]
+    shapes = np.stack([draw_shape(plan, 16) for plan in chosen])                 # (count,16,16,3)
+    return to_float(torch.from_numpy(shapes).permute(0, 3, 1, 2))
+
+
+def main(checkpoint, out="docs/shapes.png"):
+    """Write the picture of a stage-2 checkpoint of the demo to `out`."""
+    model = RepTok.load(checkpoint)
+    shown = held_out(COLUMNS)
+    classes = torch.arange(10).repeat_interleave(COLUMNS)
+    noise = model.noise(range(len(classes)))
+    generated = model.decode(model.generate(classes), steps=20, noise=noise)
+
+    rows = {
+        "held-out picture": shown,
+        "from untuned token z0": model.decode(model.tokenizer.z0(shown), steps=20),
+        "from tuned token z": model.decode(model.encode(shown), steps=20),
+    }
+    for name, images in zip(SHAPES, generated.split(COLUMNS)):
+        rows[f"generated {name}"] = images
+
+    paper = Image.new("RGB", (MARGIN + COLUMNS * SIDE, len(rows) * SIDE + GAP), "white")
+    write = ImageDraw.Draw(paper)
+    font = ImageFont.load_default(13)
+    for i, (label, images) in enumerate(rows.items()):
+        top = i * SIDE + (GAP if i > 2 else 0)
+        write.text((MARGIN - 8, top + SIDE // 2), label, "black", font, anchor="rm")
+        for n, x in enumerate(to_uint8(images)):
+            small = Image.fromarray(x.permute(1, 2, 0).numpy())
+            large = small.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+            paper.paste(large, (MARGIN + n * SIDE, top))
+    paper.save(out)
+    print(out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
