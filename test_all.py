@@ -1,17 +1,15 @@
-"""The tests:  python -m pytest -q test_all.py      Scores and timings:  python test_all.py --score CKPT ... | --bench
+"""The tests:  python -m pytest -q test_all.py
 
 Tests compare with a closed form, another implementation or its figures, or a property that must hold.
 """
 import argparse
 import ast
 import collections
-import colorsys
 import contextlib
-import dataclasses
 import functools
 import gzip
+import importlib
 import io
-import itertools
 import json
 import math
 import os
@@ -20,11 +18,9 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 import types
 import zipfile
@@ -38,10 +34,8 @@ import scipy.ndimage
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import EpsImagePlugin, Image, ImageDraw, ImageFont, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import decoder as dec
 import fid
@@ -50,6 +44,8 @@ import sample
 import tokenizer as tok
 import train_stage1 as one
 import train_stage2 as two
+from docs import bench, experiment, score
+from docs.tour import tour
 from sample import RepTok
 
 HERE = Path(sample.__file__).parent
@@ -265,7 +261,7 @@ def test_attention_keeps_q_and_k_once():
     attention, x = dec.Attention(64, 2), torch.randn(4, 100, 64)
     rotary = torch.rand(100, 2, 8), torch.rand(100, 2, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        one_more = kept_bytes(lambda: attention(x, rotary)) - kept_bytes(lambda: attention(x[:3], rotary))
+        one_more = bench.kept_bytes(lambda: attention(x, rotary)) - bench.kept_bytes(lambda: attention(x[:3], rotary))
     assert one_more <= 24 * 100 * 64
 
 def test_checkpointing_gives_the_same_gradients():
@@ -679,9 +675,9 @@ def test_captions_of_shapes_say_what_is_drawn():
 
 @torch.no_grad()
 def test_the_class_token_knows_the_shape_and_the_register_the_picture():
-    """docs/encoder.pt, on shapes that it has not seen: neighbours by each token, and linear regression to the pixels."""
+    """docs/encoder.pt, on shapes that it has not seen: neighbours by each token, linear regression to the pixels."""
     vit = tok.load_encoder(HERE / "docs" / "encoder.pt")
-    (x, labels, _), (known, known_labels, _) = shapes(300, 11), shapes(1200, 12)
+    (x, labels, _), (known, known_labels, _) = score.shapes(300, 11), score.shapes(1200, 12)
     tokens, known_tokens = ((vit(sample.to_float(u))[:, :2]) for u in (x, known))
     pixels, known_pixels = (sample.to_float(u).flatten(1) for u in (x, known))
     right, error = [], []
@@ -704,7 +700,8 @@ def test_the_picture_and_the_last_line_of_stage_1(trained, tmp_path, capsys):
         line = capsys.readouterr().out.splitlines()[-1]
         rows = fid.decode(tmp_path / what / "stage1.png").reshape(3, 64, -1, 3).astype(int)
         assert np.array_equal(rows[1], rows[2]) == (what == "none")
-        said = re.search(r"PSNR ([\d.]+) dB from z, ([\d.]+) dB from z0; cos\(z, z0\) ([\d.]+); ([\d,]+) of ([\d,]+)", line)
+        said = re.search(r"PSNR ([\d.]+) dB from z, ([\d.]+) dB from z0; cos\(z, z0\) ([\d.]+); "
+                         r"([\d,]+) of ([\d,]+)", line)
         assert [int(said[i].replace(",", "")) for i in (4, 5)] == [count, total], line
         assert (said[1] == said[2]) == (said[3] == "1.000") == (what == "none") != ("--unfreeze none" in line)
         content = RepTok.load(tmp_path / what / "stage1.pt")
@@ -1043,13 +1040,14 @@ def test_the_trainer_is_a_plain_loop(trained, tmp_path):
     permutation = np.random.default_rng([0, 0]).permutation(40)
     for step in range(5):
         x, draw = pixels_of(pictures, permutation[8 * step:8 * step + 8].tolist()), one.generator(0, step, "cpu", 0)
-        time_, noise = torch.sigmoid(torch.randn(8, generator=draw) + one.NANO["t_mean"]), torch.randn(8, 3, 16, 16, generator=draw)
+        time_ = torch.sigmoid(torch.randn(8, generator=draw) + one.NANO["t_mean"])
+        noise = torch.randn(8, 3, 16, 16, generator=draw)
         z, s = t(x), time_[:, None, None, None]
         loss = (d((1 - s) * noise + s * x, time_, z) - (x - noise)).square().mean()
         loss = loss + 0.1 * (1 - F.cosine_similarity(z, t.z0(x), dim=-1)).mean()
         assert abs(loss.item() - got[step + 1]) < 2e-4, step
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / 6))
+            group["lr"] = 1e-3 * min(1, 2 * (1 - step / 6))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1276,10 +1274,12 @@ def test_text_to_image_commands(trained, tmp_path, capsys):
     assert len(want) == 6 and all(abs(got[step] - want[step]) < 1e-5 for step in want)
     ckpt, pairs = tmp_path / "words" / "stage2.pt", tmp_path / "pairs"
     (tmp_path / "prompts.txt").write_text("a red heart\n\non black, a grey star\n")
-    for prompts in (["--prompts", tmp_path / "prompts.txt"], ["--prompt", "a red heart", "--prompt", "on black, a grey star"]):
+    for prompts in (["--prompts", tmp_path / "prompts.txt"],
+                    ["--prompt", "a red heart", "--prompt", "on black, a grey star"]):
         inside("sample.py", "--ckpt", ckpt, *prompts, "--per-class", 2, "--steps", 2, "--out", tmp_path / "p.png")
         assert Image.open(tmp_path / "p.png").size == (2 * 64, 2 * 64)
-    for args, says in (("", "--prompt"), ("--prompts gone.txt", "--prompts"), ("--prompt x --classes star", "--classes")):
+    for args, says in (("", "--prompt"), ("--prompts gone.txt", "--prompts"),
+                       ("--prompt x --classes star", "--classes")):
         assert says in refusal("sample.py", ["--ckpt", ckpt, *args.split()], capsys)
     for i in range(12):
         features = np.random.randn(3 + i % 2, 6).astype(np.float16)
@@ -1613,9 +1613,9 @@ def readme_commands(text):
             block = re.sub(rf"\${name}\b", value, block)
         assert "$" not in block, block
         block = block.replace("\\\n", " ")
-        for script, line in re.findall(r"(train_stage1|train_stage2|sample|fid|test_all)\.py( [^\n;&|#]*)?", block):
-            if "pytest" not in block.split(f"{script}.py{line}")[0].split("\n")[-1]:
-                yield script, shlex.split(line)
+        command = r"(?:(train_stage1|train_stage2|sample|fid)\.py|-m (docs\.\w+))( [^\n;&|#]*)?"
+        for script, module, line in re.findall(command, block):
+            yield script or module, shlex.split(line)
 
 @pytest.mark.parametrize("script, line", [*readme_commands(README)])
 def test_readme_commands_have_known_options(script, line, tmp_path, monkeypatch, capsys):
@@ -1626,7 +1626,7 @@ def test_readme_commands_have_known_options(script, line, tmp_path, monkeypatch,
             fid.main(line)
         assert re.search("cannot read|no such folder", capsys.readouterr().err)
     else:
-        assert sys.modules.get(script, sys.modules[__name__]).options()
+        assert importlib.import_module(script).options()
 
 TINY_RUN = {"train_stage1": [*QUICK1, "--num", 40], "train_stage2": QUICK2, "sample": ["--steps", 2, "--device", "cpu"]}
 
@@ -1645,15 +1645,6 @@ def test_readme_commands_run(trained, tmp_path, monkeypatch):
         inside(f"{script}.py", *line, *TINY_RUN[script])
     made = {path.name for path in tmp_path.rglob("*.p[nt]*")}
     assert {"stage1.png", "stage2.png", "pets.png", "heart.png", "between.png", "small.pt"} <= made
-
-def tour(folder):
-    """Run the blocks of docs/tour.md in order, in `folder`, where out/stage2.pt is and their pictures will be."""
-    blocks = re.findall(r"<!-- tour -->\n```python\n(.*?)```", PAGES[HERE / "docs" / "tour.md"], re.S)
-    names = {}
-    with contextlib.chdir(folder):
-        for block in blocks:
-            exec(block, names)
-    return len(blocks)
 
 def test_tour(trained, tmp_path):
     shutil.copytree(trained / "out", tmp_path / "out")
@@ -1703,135 +1694,17 @@ def test_readme_line_counts_and_sizes():
         with FakeTensorMode():  # shapes without memory; torch.autocast knows no meta device
             decoder, mixer = dec.Decoder(**one.SIZES[size]["decoder"]), mix.Mixer(**one.SIZES[size]["mixer"])
             t, z = torch.rand(1), torch.randn(1, 1, 768)
-            macs = count_macs(lambda: decoder(torch.randn(1, 4, 32, 32), t, z))
-            mixer_macs = sum(count_macs(lambda: mixer(z, t, torch.zeros(1, dtype=torch.long))))
-        for got, said in zip((millions(decoder), *macs, millions(mixer), mixer_macs), figures):
+            macs = bench.count_macs(lambda: decoder(torch.randn(1, 4, 32, 32), t, z))
+            mixer_macs = sum(bench.count_macs(lambda: mixer(z, t, torch.zeros(1, dtype=torch.long))))
+        for got, said in zip((bench.millions(decoder), *macs, bench.millions(mixer), mixer_macs), figures):
             assert abs(got - float(said)) <= 0.51 * 10 ** -len(said.split(".")[1]), (size, got, said)
 
-# ---- Measurements, no tests: python test_all.py --bench XL      python test_all.py --score out/stage2.pt
-def millions(net):  # its parameters in 1e6
-    return sum(p.numel() for p in net.parameters()) / 1e6
-
-def count_macs(function):
-    """Multiply-accumulates of a call, in 1e9: (linear layers and convolutions, attention products)."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it knows no fused attention
-        function()
-    macs = {str(name): flops / 2e9 for name, flops in counter.get_flop_counts()["Global"].items()}
-    attention = sum(n for name, n in macs.items() if "attention" in name or "bmm" in name)
-    return sum(macs.values()) - attention, attention
-
-def kept_bytes(function):
-    """Bytes that the autograd graph of function()'s result holds."""
-    kept = {}
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage.nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()  # alive until the sum, so that no storage comes twice
-    return (sum(kept.values()), result)[0]
-
-def step_kept_bytes(stage, args, ranks):
-    """Bytes that a training step holds for its backward pass: (whatever the batch, a picture); nothing is computed."""
-    kept = []
-    for n in (1, 2):
-        with FakeTensorMode(allow_non_fake_inputs=True), ranks.autocast(), contextlib.redirect_stdout(None):
-            calls = stage(argparse.Namespace(**{**vars(args), "compile": False}), ranks.device, n)
-            kept.append(kept_bytes(next(call for name, call in calls if name.startswith("step"))))
-    return 2 * kept[0] - kept[1], kept[1] - kept[0]
-
-def median_ms(function, device, seconds=4.0):
-    """Median time of a call, after one that does not count."""
-    times = []
-    while len(times) < 4 or sum(times[1:]) < 1e3 * seconds and len(times) <= 100:
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median_high(times[1:])
-
-def training_step(loss, trained):  # a call: forward and backward pass and an update
-    optimizer = torch.optim.AdamW(trained, fused=True)
-    def step():
-        loss().backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return step
-
-def bench_stage1(args, device, n):
-    """Yields (name, call) of the networks of stage 1, with random weights, and of a training step, for n pictures."""
-    torch.manual_seed(0)
-    nano = args.bench == "nano"
-    pixels = 16 if nano else 256
-    channels, size = (3, 16) if nano else (4, 32)
-    with device:  # made there: FakeTensorMode moves no module
-        vit = one.new_vit(argparse.Namespace(size=args.bench, seed=0, pixels=pixels))
-        tokenizer = tok.Tokenizer(vit)
-        shape = dict(one.SIZES[args.bench]["decoder"], channels=channels, size=size, token_dim=tokenizer.width)
-        decoder = dec.Decoder(**shape)
-    for p in decoder.parameters():
-        if p.ndim > 1:
-            nn.init.normal_(p, std=0.02)  # zero starts would stop the backward pass
-    vit.checkpointing = decoder.checkpointing = args.checkpointing
-    print(f"size {args.bench}, batch {n}: decoder {millions(decoder):.1f}M, encoder {millions(vit):.1f}M parameters")
-    x, t = torch.rand(n, 3, pixels, pixels, device=device) * 2 - 1, torch.rand(n, device=device)
-    noise, z0 = torch.randn(n, channels, size, size, device=device), tokenizer.z0(x)
-    encode, decode = (torch.compile(net) if args.compile else net for net in (tokenizer, decoder))
-    def loss():
-        z = encode(x)
-        return decode(noise, t, z).float().square().mean() + 0.1 * tok.cosine_loss(z, z0).mean()
-    yield "encoder", lambda: encode(x)
-    yield "decoder velocity", lambda: decode(noise, t, z0)
-    yield "step: encoder, decoder, backward", training_step(loss, [tokenizer.embedding, *decoder.parameters()])
-    if not nano:
-        vae = dec.VAE().to(device, memory_format=torch.channels_last)
-        yield "VAE encode", lambda: vae.posterior(x)
-        yield "VAE decode", lambda: vae.decode(noise)
-
-def bench_stage2(args, device, n):  # the same of the Mixer
-    D, classes = (128, 10) if args.bench == "nano" else (768, 1000)
-    with device:
-        mixer = mix.Mixer(1, D, **one.SIZES[args.bench]["mixer"], classes=classes)
-    print(f"size {args.bench}, batch {n}: Mixer {millions(mixer):.1f}M parameters")
-    inputs = [u.to(device) for u in (torch.randn(n, 1, D), torch.rand(n), torch.zeros(n, dtype=torch.long))]
-    velocity = torch.compile(mixer) if args.compile else mixer
-    yield "Mixer", lambda: velocity(*inputs)
-    trained = [*mixer.parameters()]
-    yield "step: Mixer, backward", training_step(lambda: velocity(*inputs).float().square().mean(), trained)
-
-def bench(args):
-    """Print a row a network: milliseconds, pictures/s, GMACs a picture (linear + attention), GFLOP/s and their share of
-    the peak, which is that of a 4096^3 product in the same dtype, measured before and after."""
-    ranks = sample.Ranks(args.device, args.dtype)
-    device = ranks.device
-    batches = (64, 256) if device.type == "cuda" else (2, 32)
-    batches = (one.NANO["batch"], two.NANO["batch"]) if args.bench == "nano" else batches
-    with ranks.autocast():
-        square = torch.randn(4096, 4096, device=device)
-        square = square.to((square @ square).dtype)
-    before, rows = median_ms(lambda: square @ square, device), []
-    for stage, n in zip((bench_stage1, bench_stage2), batches):
-        n = args.batch or n
-        always, each = (n / 1e6 for n in step_kept_bytes(stage, args, ranks))
-        print(f"a step keeps {always:.0f} MB and {each:.2f} MB a picture for its backward pass, {ranks.dtype}, counted")
-        for name, call in stage(args, device, n):
-            call = ranks.autocast()(call if name.startswith("step") else torch.no_grad()(call))
-            linear, attention = (macs / n for macs in count_macs(call))
-            ms = median_ms(call, device)
-            rows.append((name, ms, 1e3 * n / ms, linear, attention, 2e3 * n * (linear + attention) / ms))
-    peak = 2 * 4096**3 / 1e6 / min(before, median_ms(lambda: square @ square, device))
-    print(f"{device}, {square.dtype}: peak of a 4096^3 product {peak:.0f} GFLOP/s; medians")
-    print(f"{'':34s}{'ms':>9s}{'images/s':>10s}{'GMACs':>9s}{'+ attn':>8s}{'GFLOP/s':>9s}{'of peak':>9s}")
-    for name, ms, rate, linear, attention, flops in rows:
-        print(f"{name:34s}{ms:9.1f}{rate:10.2f}{linear:9.3f}{attention:8.3f}{flops:9.0f}{flops / peak:8.0%}")
-
+# ---- What docs/ measures
 def test_bench(monkeypatch, capsys):
     """GMACs as the layers' shapes give them: the Mixer's linear layers, a multiply-accumulate a weight and token."""
-    monkeypatch.setattr(sys.modules[__name__], "median_ms", lambda function, device: 10.0)
-    monkeypatch.setattr(sys, "argv", ["test_all.py", "--bench", "nano", "--batch", "4", "--device", "cpu"])
-    bench(options())
+    monkeypatch.setattr(bench, "median_ms", lambda function, device: 10.0)
+    monkeypatch.setattr(sys, "argv", ["bench", "nano", "--batch", "4", "--device", "cpu"])
+    bench.main()
     lines = capsys.readouterr().out.splitlines()
     rows = {line[:34].strip(): line[34:].split() for line in lines[6:]}
     assert 0.1 < float(re.search(r"and ([\d.]+) MB a picture", lines[0])[1]) < 10
@@ -1842,352 +1715,34 @@ def test_bench(monkeypatch, capsys):
     assert abs(float(rows["step: Mixer, backward"][2]) - 3 * macs / 1e9) < 2e-3  # backward has two products for one
     assert len(rows) == 5 and all(float(row[2]) > 0 for row in rows.values())
 
-@torch.no_grad()
-def interleaved(what, ours, rounds=7, **peers):
-    """Print median times of calls that run in turn. peers: what makes their calls, where their packages are usable."""
-    calls = {"ours": ours}
-    for name, make in peers.items():
-        try:
-            calls[name] = make()
-        except Exception as e:
-            print(f"{name} left out: {type(e).__name__}: {str(e).splitlines()[0][:150]}")
-    seconds = {name: [] for name in calls}
-    for name in (rounds + 1) * [*calls]:
-        start = time.perf_counter()
-        calls[name]()
-        seconds[name].append(time.perf_counter() - start)
-    median = {name: 1e3 * statistics.median(times[1:]) for name, times in seconds.items()}
-    for name, ms in median.items():
-        print(f"{what}, {name}: {ms:.0f} ms, {ms / median['ours']:.2f} of ours (median of {rounds})", flush=True)
-
-def bench_peers():
-    """DINOv2 ViT-B/14, SD VAE and FID Inception with random weights, ours and others'; float32, the CPU."""
-    def transformers():
-        from transformers import Dinov2Config, Dinov2Model
-        return functools.partial(Dinov2Model(Dinov2Config(image_size=518, patch_size=14)).eval(), x)
-    def diffusers():
-        from diffusers import AutoencoderKL
-        return AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4).eval()
-    def pytorch_fid(form=torch.contiguous_format):
-        sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("unused"))  # needs a compiled half
-        import pytorch_fid.inception as module
-        module.load_state_dict_from_url = lambda *a, **k: state
-        net = module.InceptionV3([3]).eval().to(memory_format=form)
-        return lambda: net((pictures.float() / 255).contiguous(memory_format=form))
-    print(f"{torch.get_num_threads()} threads, float32, torch {torch.__version__}")
-    x, vit = torch.randn(8, 3, 224, 224), tok.ViT(768, 12, 12, 3072, 14, 37, layer_scale=True, position="offset")
-    interleaved("DINOv2 ViT-B/14, 224 px, batch 8", lambda: vit(x), transformers=transformers)
-    vae = dec.VAE().to(memory_format=torch.channels_last)
-    for half, ours, u in (("encode", vae.posterior, torch.rand(1, 3, 256, 256) * 2 - 1),
-                          ("decode", vae.decode, torch.randn(1, 4, 32, 32))):
-        interleaved(f"VAE {half}, 256 px", functools.partial(ours, u),
-                    diffusers=lambda: functools.partial(getattr(diffusers(), half), u))
-    state = fid.Inception("tf1").state_dict() | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
-    with tempfile.NamedTemporaryFile() as file:
-        torch.save(state, file.name)
-        net = fid.load_inception(file.name)
-    pictures = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (16, 3, 256, 256), np.uint8))
-    interleaved("FID Inception, 256 px, batch 16", lambda: net(pictures), pytorch_fid=pytorch_fid,
-                pytorch_fid_channels_last=lambda: pytorch_fid(torch.channels_last))
-
-READER, HELD = 1_000_001, 1_000_002  # seeds that no training takes
-
-def shapes(count, seed):  # (uint8 (N,3,16,16), labels, plans) of the default data
-    plans = [one.plan_shape(i, seed) for i in range(count)]
-    x = torch.from_numpy(np.stack([one.draw_shape(plan, 16) for plan in plans])).permute(0, 3, 1, 2)
-    return x, torch.tensor([one.SHAPES.index(plan.shape) for plan in plans]), plans
-
-def train_reader(x, y, steps=1200, batch=64):
-    """Train a small network on uint8 pictures (N,3,16,16) and labels; it never sees a model's picture.
-    Returns read(images in [-1,1]) -> (classes (B,), features (B,128), for the Frechet distance)."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # or the reader, and with it every distance, would depend on the machine
-    layers = []
-    for a, b in ((3, 32), (32, 32), (32, 64), (64, 64)):
-        layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)] if a == b else []
-    body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 128), nn.ReLU())
-    reader = nn.Sequential(body, nn.Linear(128, int(y.max()) + 1))
-    optimizer = torch.optim.AdamW(reader.parameters(), 2e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    for step in range(steps):
-        i = torch.randint(len(x), (batch,))
-        loss = F.cross_entropy(reader(x[i].float() / 127.5 - 1), y[i])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    torch.set_num_threads(threads)
-    reader.eval()
-    @torch.no_grad()
-    def read(images):
-        features = torch.cat([body(part) for part in images.split(500)])
-        return reader[1](features).argmax(1), features
-    return read
-
-class Judge:
-    """Scores of images (B,3,16,16) in [-1,1]. train, held: (uint8 pictures, labels) to learn reading from, and to hold
-    against; no model has seen them."""
-    def __init__(self, train, held):
-        self.read = train_reader(*train)
-        self.train = train[0].float() / 127.5 - 1, train[1]
-        self.real, self.labels = held[0].float() / 127.5 - 1, held[1]
-
-    def right(self, images, labels):
-        """Percentages that are read as their labels: of all images, and of each class (classes,)."""
-        hit = 100 * (self.read(images)[0] == labels).double()
-        return hit.mean().item(), [hit[labels == k].mean().item() for k in range(int(labels.max()) + 1)]
-
-    def distance(self, images):
-        """Frechet distance of the reader's features to those of the held-out pictures."""
-        sides = [fid.Statistics(128), fid.Statistics(128)]
-        for side, x in zip(sides, (self.real, images)):
-            side.update(self.read(x)[1])
-        return fid.frechet_distance(sides[0].mu, sides[0].cov, sides[1].mu, sides[1].cov)
-
-    def psnr(self, images):
-        """Mean over the held-out pictures, in dB."""
-        return fid.psnr(fid.to_uint8(self.real), fid.to_uint8(images)).mean().item()
-
-    def neighbours(self, encode):
-        """Percentage of held-out pictures whose nearest one of `train`, by the cosine of tokens, has their label."""
-        known, asked = (F.normalize(torch.cat([encode(part) for part in x.split(500)]).flatten(1), dim=1)
-                        for x in (self.train[0], self.real))
-        return 100 * (self.train[1][(asked @ known.T).argmax(1)] == self.labels).float().mean().item()
-
-def score(paths, judge, names, evaluations, scales, interval, per_class):
-    """Print, for every checkpoint: of held-out pictures the mean PSNR drawn from z and from z0, the share whose nearest
-    neighbour by z and by z0 has their class, and the share that a reader reads as their class; of `per_class` generated
-    pictures a class the same share. Then these shares class by class."""
-    print(f"{len(judge.real)} held-out pictures, {judge.right(judge.real, judge.labels)[0]:.1f} % of them read right; "
-          f"guidance for t in {interval}\n")
-    print("| checkpoint | decoder steps | PSNR from z | from z0 | neighbours by z | by z0 | reconstructed, read right; "
-          "worst class | distance | guidance | generated, read right; worst class | distance |\n" + "|---" * 11 + "|")
-    def said(shares):
-        mean, each = shares
-        worst = min(range(len(each)), key=each.__getitem__)
-        return f"{mean:.1f} %; {names[worst]} {each[worst]:.0f} %"
-    detail = []
-    for path in paths:
-        model = RepTok.load(path)
-        z, z0 = model.encode(judge.real), model.tokenizer.z0(judge.real)
-        geometry = f"{judge.neighbours(model.encode):.1f} % | {judge.neighbours(model.tokenizer.z0):.1f} %"
-        classes = torch.arange(model.mixer.classes if model.mixer else 0).repeat_interleave(per_class)
-        tokens = {scale: model.generate(classes, 50, scale, interval) for scale in scales if len(classes)}
-        for n in evaluations:
-            images = model.decode(z, n)
-            read = judge.right(images, judge.labels)
-            detail.append((f"{path}, reconstructed, {n} steps", read[1]))
-            row = f"| {path} | {n} | {judge.psnr(images):.2f} dB | {judge.psnr(model.decode(z0, n)):.2f} dB | {geometry} "
-            row += f"| {said(read)} | {judge.distance(images):.0f} "
-            if not tokens:
-                print(f"{row}| - | - | - |", flush=True)
-            for scale, new in tokens.items():
-                images = model.decode(new, n)
-                read = judge.right(images, classes)
-                detail.append((f"{path}, generated, {n} steps, guidance {scale:g}", read[1]))
-                print(f"{row}| {scale:g} | {said(read)} | {judge.distance(images):.0f} |", flush=True)
-    for what, each in detail:
-        print(f"\n{what}: " + ", ".join(f"{name} {share:.0f} %" for name, share in zip(names, each)))
-
-def ink_and_area(x):
-    """What a picture uint8 (3,S,S) of one shape shows: rgb of ink and of ground, and the area of the ink in pixels.
-    The ground is the median of the border; the ink the median of the pixels farthest from it in colour; a pixel counts
-    by how far it has come from the one to the other."""
-    pixels = x.permute(1, 2, 0).double().numpy()
-    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)
-    far = np.abs(pixels - ground).sum(-1)
-    ink = np.median(pixels[far > 0.6 * far.max()], 0)
-    share = (pixels - ground) @ (ink - ground) / np.square(ink - ground).sum()
-    return ink, ground, share.clip(0, 1).sum()
-
-def score_prompts(model, count=320, cfg=3.0):
-    """Print how many of `count` prompts show the named shape, ink, ground and size; the same for real pictures. "small"
-    is right where the shape's area is below that of the same shape drawn at middle size, "large" where it is above."""
-    read = train_reader(*shapes(5500, READER)[:2])
-    real, labels, plans = shapes(count, HELD)
-    text, mask = model.prompts([plan.captions[i % len(plan.captions)] for i, plan in enumerate(plans)])
-    z = model.generate(steps=50, cfg=cfg, cfg_interval=(0.3, 0.9), text=text, mask=mask)
-    made = fid.to_uint8(model.decode(z, 50))
-    middle = {}
-    for shape in one.SHAPES:
-        plan = dataclasses.replace(plans[0], shape=shape, size=sum(one.SIZE) / 2, place=np.zeros(2), turn=0)
-        middle[shape] = ink_and_area(torch.from_numpy(one.draw_shape(plan, 16)).permute(2, 0, 1))[2]
-    for name, pictures in (("real pictures of the prompts", real), (f"generated, guidance {cfg}", made)):
-        hits = {"shape": (read(pictures.float() / 127.5 - 1)[0] == labels).tolist(), "ink": [], "ground": [], "size": []}
-        for x, plan in zip(pictures, plans):
-            ink, ground, area = ink_and_area(x)
-            hits["ink"].append(one.nearest_colour(ink) == one.nearest_colour(plan.ink))
-            hits["ground"].append(one.nearest_colour(ground) == one.nearest_colour(plan.ground))
-            if one.size_word(plan.size):
-                hits["size"].append((area > middle[plan.shape]) == (one.size_word(plan.size) == "large"))
-        said = ", ".join(f"{what} {100 * np.mean(hit):.1f} %" for what, hit in hits.items())
-        print(f"{name:30s} {said} ({count} prompts, {len(hits['size'])} of them name a size)")
-
-# All rows have the demo's own setting and encoder and differ in these options of stage 1. See docs/experiments.md
-SETTING = {"stage1": f"--encoder {HERE / 'docs' / 'encoder.pt'}", "stage2": "", "pictures": 64}  # of each class
-EXPERIMENTS = {
-    "token": {"frozen": "--unfreeze none", "tuned": "", "whole encoder": "--unfreeze all"},
-    "evaluations": {"tuned": ""}}
-EVALUATIONS = 1, 2, 5, 10, 20, 50  # of the decoder
-
-def experiment(name, folder, seeds=(1, 2, 3)):
-    """Train and score the rows of a table, each with every seed. What FOLDER/NAME.jsonl holds is not done again, and a
-    row that was stopped goes on; processes with different seeds may share a folder. Prints the table: mean and standard
-    deviation over the seeds; writes the plot FOLDER/NAME.png, and FOLDER/NAME_shapes.png: shapes, then a row each."""
-    path, judge = Path(folder, f"{name}.jsonl"), Judge(shapes(5500, READER)[:2], shapes(1000, HELD)[:2])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    def run(script, out, *options):
-        line = [sys.executable, str(HERE / script), "--out", str(Path(folder, out)), *map(str, options)]
-        subprocess.run(line, check=True)
-    def place(row, seed):
-        return re.sub(r"[^\w.]+", "-", f"{row} {seed}")
-    def read():
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    for seed, (row, options) in itertools.product(seeds, EXPERIMENTS[name].items()):
-        if any((done.get("network", done["row"]), done["seed"]) == (row, seed) for done in read()):
-            continue
-        out = place(row, seed)
-        run("train_stage1.py", out, "--seed", seed, *SETTING["stage1"].split(), *options.split())
-        run("train_stage2.py", out, "--seed", seed, *SETTING["stage2"].split())
-        model = RepTok.load(Path(folder, out, "stage2.pt"))
-        made = measure(name, model, judge, {"row": row, "seed": seed})
-        with open(path, "a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in made))
-    rows = read()
-    names = [row for row in EXPERIMENTS[name] if name != "evaluations"] or list(dict.fromkeys(r["row"] for r in rows))
-    columns = [column for column in rows[0] if column not in ("row", "seed", "network", "evaluations")]
-    print(f"\n| {name} | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
-    for row in names:
-        values = [[done[column] for done in rows if done["row"] == row] for column in columns]
-        if not values[0]:
-            continue
-        print(f"| {row} | {' | '.join(f'{np.mean(v):.2f} ± {np.std(v, ddof=len(v) > 1):.2f}' for v in values)} |")
-    plot(path.with_suffix(".png"), rows, *(("evaluations", "distance") if name == "evaluations" else ("PSNR from z", "generated, read right, %")))
-    x, grid = judge.real[:10], []
-    for row in EXPERIMENTS[name]:
-        model = RepTok.load(Path(folder, place(row, seeds[0]), "stage2.pt"))
-        grid += [model.decode(model.encode(x), n) for n in (EVALUATIONS if name == "evaluations" else [20])]
-    sample.save_grid(path.with_name(f"{name}_shapes.png"), [x, *grid])
-
-def measure(name, model, judge, row):
-    """The rows of a table that a model gives: one, or one for every number of evaluations."""
-    z = model.encode(judge.real)
-    if name == "evaluations":
-        images = {n: model.decode(z, n) for n in EVALUATIONS}
-        return [{**row, "network": row["row"], "row": f"{n}", "evaluations": n, "PSNR": judge.psnr(x),
-                 "read right, %": judge.right(x, judge.labels)[0], "distance": judge.distance(x)}
-                for n, x in images.items()]
-    classes = torch.arange(10).repeat_interleave(SETTING["pictures"])
-    z0 = model.tokenizer.z0(judge.real)
-    images, made = model.decode(z, 20), model.decode(model.generate(classes), 20)
-    (drawn, each_drawn), (new, each_new) = judge.right(images, judge.labels), judge.right(made, classes)
-    return [{**row, "PSNR from z": judge.psnr(images), "PSNR from z0": judge.psnr(model.decode(z0, 20)),
-             "neighbours by z, %": judge.neighbours(model.encode),
-             "neighbours by z0, %": judge.neighbours(model.tokenizer.z0),
-             "cos(z, z0)": F.cosine_similarity(z, z0, dim=-1).mean().item(),
-             "reconstructed, read right, %": drawn, "worst reconstructed, %": min(each_drawn),
-             "generated, read right, %": new, "worst generated, %": min(each_new), "distance": judge.distance(made)}]
-
-def plot(path, rows, x, y):
-    """A PNG: a dot a row and seed at the values `x` and `y`, a colour and a name for every row."""
-    names = list(dict.fromkeys(row["row"] for row in rows))
-    low, high = ([function(row[key] for row in rows) for key in (x, y)] for function in (min, max))
-    span = [max(1e-9, b - a) for a, b in zip(low, high)]
-    picture = Image.new("RGB", (900, 560), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
-    def place(row):
-        return 80 + 540 * (row[x] - low[0]) / span[0], 480 - 440 * (row[y] - low[1]) / span[1]
-    draw.rectangle((60, 20, 640, 500), outline="grey")
-    for axis in range(2):
-        step = min(m * 10.0**e for e in range(-3, 5) for m in (1, 2, 5) if span[axis] <= 6 * m * 10.0**e)
-        for k in range(math.ceil(low[axis] / step), math.floor(high[axis] / step) + 1):
-            share = (k * step - low[axis]) / span[axis]
-            at, anchor = ((54, 480 - 440 * share), "rm") if axis else ((80 + 540 * share, 508), "ma")
-            draw.text(at, f"{k * step:g}", "black", font, anchor)
-    draw.text((350, 548), x, "black", font, "ms")
-    draw.text((66, 16), y, "black", font, "ls")
-    for i, name in enumerate(names):
-        colour = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(i / len(names), 0.9, 0.75))
-        for px, py in (place(row) for row in rows if row["row"] == name):
-            draw.ellipse((px - 6, py - 6, px + 6, py + 6), fill=colour)
-        draw.ellipse((660, 40 + 30 * i, 672, 52 + 30 * i), fill=colour)
-        draw.text((682, 46 + 30 * i), name, "black", font, "lm")
-    picture.save(path)
-
 def test_experiments(trained, tmp_path, monkeypatch, capsys):
-    """Two rows of a table, tiny: networks, figures and plot; what is there is not made again."""
-    test_all = sys.modules[__name__]
-    tiny = f"--steps 2 --batch 8 --data {trained / 'data'}"
-    quick = {"stage1": f"--encoder {trained / 'out' / 'encoder.pt'} {tiny}", "stage2": tiny, "pictures": 2}
-    monkeypatch.setattr(test_all, "SETTING", quick)
-    monkeypatch.setattr(test_all, "EXPERIMENTS", {"token": {"frozen": "--unfreeze none", "tuned": "--lam 0"},
-                                                  "evaluations": {"tuned": "--lam 0"}})
-    pictures, labels, _ = shapes(60, HELD)
-    judge = Judge.__new__(Judge)
-    judge.real, judge.labels = judge.train = pictures / 127.5 - 1, labels
+    """Two rows of a table, tiny: networks, figures and pictures; what is there is not made again."""
+    pictures, labels, _ = score.shapes(60, 3)
+    judge = score.Judge.__new__(score.Judge)
+    judge.real = judge.known = sample.to_float(pictures)
+    judge.labels = judge.known_labels = labels
     judge.read = lambda x: (torch.arange(len(x)) % 10, x[:, :, 0].flatten(1).double().repeat(1, 3)[:, :128])
-    monkeypatch.setattr(test_all, "Judge", lambda *_: judge)
-    monkeypatch.setattr(test_all, "shapes", lambda *_: (None, None))
-    experiment("token", tmp_path, seeds=(0,))
+    monkeypatch.setattr(experiment, "Judge", lambda *_: judge)
+    monkeypatch.setattr(experiment, "ENCODER", trained / "out" / "encoder.pt")
+    monkeypatch.setattr(experiment, "EXPERIMENTS", {"token": {"frozen": "--unfreeze none", "tuned": "--lam 0"}})
+    tiny = f"--steps 2 --batch 8 --data {trained / 'data'}"
+    experiment.experiment("token", tmp_path, [0], tiny)
     rows = [json.loads(line) for line in (tmp_path / "token.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == ["frozen", "tuned"] and "| tuned |" in capsys.readouterr().out
     assert all(row["neighbours by z, %"] == 100 for row in rows)  # each picture is among those known
+    assert rows[0]["PSNR from z"] == rows[0]["PSNR from z0"] and abs(rows[0]["cos(z, z0)"] - 1) < 1e-5
+    right = [100 * float(i % 10 == k) for i, k in enumerate(labels.tolist())]
+    assert abs(rows[0]["reconstructed, read right, %"] - np.mean(right)) < 1e-6
     assert Image.open(tmp_path / "token.png").size == (900, 560)
-    assert Image.open(tmp_path / "token_shapes.png").size == (640, 3 * 64)  # shapes, frozen, tuned
-    experiment("evaluations", tmp_path, seeds=(0,))
-    assert "\n| 50 |" in capsys.readouterr().out and (tmp_path / "evaluations.png").exists()
+    assert Image.open(tmp_path / "token_shapes.png").size == (20 * 64, 3 * 64)  # shapes, frozen, tuned
     monkeypatch.setattr(subprocess, "run", Mock(side_effect=RuntimeError))
-    for name in ("token", "evaluations"):
-        experiment(name, tmp_path, seeds=(0,))
+    experiment.experiment("token", tmp_path, [0], tiny)
 
-def options():
-    p = sample.Parser("Scores and timings; the tests are run by python -m pytest -q test_all.py")
-    p.add("--score", None, "checkpoints to score: a row each; one that takes captions by its prompts", nargs="+")
-    p.add("--pictures", None, "own folders for it: to learn reading from, and held out (default: shapes)", nargs=2)
-    p.add("--per-class", 32, "pictures of every class that it generates", type=sample.whole(1))
-    p.add("--evaluations", [20], "of the decoder; several give a row each", nargs="+", type=sample.whole(1))
-    p.add("--cfg", [1.5], "guidance scales; several give a row each", nargs="+", type=sample.number(0))
-    p.add("--cfg-interval", [0.3, 0.9], "guidance acts while t is between these", nargs=2, type=sample.number(0, 1))
-    p.add("--experiment", None, "train and score the rows of a table of docs/experiments.md", choices=[*EXPERIMENTS])
-    p.add("--seeds", [1, 2, 3], "of it; several processes may share the work", nargs="+", type=sample.whole(0))
-    p.add("--out", "experiments", "folder of its networks, table (.jsonl) and plot (.png)")
-    p.add("--tour", None, "make the pictures of docs/tour.md again, from this checkpoint")
-    p.add("--bench", None, "time the networks of this size, and others' code beside ours", choices=[*one.SIZES])
-    p.add("--batch", None, "pictures a call in its first table (default: by size and device)", type=sample.whole(1))
-    p.add("--device", "auto", "of that table", choices=["auto", "cpu", "cuda", "mps"])
-    p.add("--dtype", "auto", "of that table, as in the trainers", choices=["auto", "float32", "bfloat16"])
-    p.add("--compile", False, "torch.compile its networks", action="store_true")
-    p.add("--checkpointing", False, "recompute activations in its training step", action="store_true")
-    return p.parse_args()
-
-def main():
-    """What is measured and not tested. Raises UserError."""
-    args = options()
-    if args.bench:
-        bench(args)
-        return bench_peers()
-    if args.tour:
-        RepTok.load(args.tour)  # refuses what is none
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "out").mkdir()
-            shutil.copy(args.tour, Path(folder, "out", "stage2.pt"))
-            tour(folder)
-            return [shutil.copy(path, HERE / "docs") for path in Path(folder).glob("tour_*.png")]
-    if args.experiment:
-        return experiment(args.experiment, args.out, args.seeds)
-    if not args.score:
-        raise tok.UserError("give --score, --experiment, --tour or --bench; the tests: python -m pytest -q test_all.py")
-    models = [RepTok.load(path) for path in args.score]
-    if any(model.mixer and model.mixer.cross for model in models):
-        return [score_prompts(model) for model in models]
-    sets = [one.Pictures(path, 16) for path in args.pictures or ()]
-    names = sets[0].classes if sets else one.SHAPES
-    sets = [(torch.stack([pictures.read(i) for i in range(len(pictures))]), pictures.labels) for pictures in sets]
-    train, held = sets or (shapes(5500, READER)[:2], shapes(1000, HELD)[:2])
-    score(args.score, Judge(train, held), names, args.evaluations, args.cfg, args.cfg_interval, args.per_class)
-
-if __name__ == "__main__":
-    sample.guarded(main)
+def test_colours_and_area_are_read_from_a_picture():
+    """Of real shapes: the plan's own colours, and an area as geometry has it."""
+    pictures, _, plans = score.shapes(100, 4)
+    for picture, plan in zip(pictures, plans):
+        ink, ground, area = score.ink_and_area(picture)
+        assert np.abs(ground - plan.ground).max() < 1 and np.abs(ink - plan.ink).max() < 60, plan
+        if plan.shape == "circle":
+            assert abs(area / 256 - np.pi * plan.size**2) < 0.02

@@ -1,34 +1,45 @@
 """The picture at the top of the README: what tuning the token brings, then generated shapes.
 
-    python -m docs.lesson out/stage2.pt      # in the folder of the repository; writes docs/shapes.png
+python -m docs.lesson out/stage2.pt      # in the folder of the repository; writes docs/shapes.png
 """
-import sys
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import sample
 from fid import to_uint8
 from sample import RepTok, to_float
 from train_stage1 import SHAPES, draw_shape, plan_shape
 
 COLUMNS = 16
-SIDE = 48     # of each small picture, on paper
+SIDE = 48  # of each small picture, on paper
 MARGIN = 150  # for the words on the left
-GAP = 12      # between the two halves
+GAP = 12  # between the two halves
 
 
 def held_out(count, seed=1):
     """Images (count,3,16,16) in [-1,1] that no training with seed 0 has seen, class after class."""
     plans = [plan_shape(i, seed) for i in range(40 * count)]
-    chosen = [next(plan for plan in plans[40 * n:] if plan.shape == SHAPES[n % 10]) for n in range(count)]
-    shapes = np.stack([draw_shape(plan, 16) for plan in chosen])                 # (count,16,16,3)
+    chosen = [
+        next(plan for plan in plans[40 * n :] if plan.shape == SHAPES[n % 10]) for n in range(count)
+    ]
+    shapes = np.stack([draw_shape(plan, 16) for plan in chosen])  # (count,16,16,3)
     return to_float(torch.from_numpy(shapes).permute(0, 3, 1, 2))
 
 
-def main(checkpoint, out="docs/shapes.png"):
-    """Write the picture of a stage-2 checkpoint of the demo to `out`."""
-    model = RepTok.load(checkpoint)
+def options():
+    """The command line."""
+    p = sample.Parser(__doc__)
+    p.add_argument("ckpt", help="a stage-2 checkpoint of the demo")
+    p.add("--out", "docs/shapes.png", "the picture")
+    return p.parse_args()
+
+
+def main():
+    """Write the picture of the checkpoint of the command line."""
+    args = options()
+    model = RepTok.load(args.ckpt)
     shown = held_out(COLUMNS)
     classes = torch.arange(10).repeat_interleave(COLUMNS)
     noise = model.noise(range(len(classes)))
@@ -52,9 +63,9 @@ def main(checkpoint, out="docs/shapes.png"):
             small = Image.fromarray(x.permute(1, 2, 0).numpy())
             large = small.resize((SIDE, SIDE), Image.Resampling.NEAREST)
             paper.paste(large, (MARGIN + n * SIDE, top))
-    paper.save(out)
-    print(out)
+    paper.save(args.out)
+    print(args.out)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sample.guarded(main)
