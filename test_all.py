@@ -44,7 +44,7 @@ import sample
 import tokenizer as tok
 import train_stage1 as one
 import train_stage2 as two
-from docs import bench, experiment, score
+from docs import bench, experiment, lesson, score
 from docs.tour import tour
 from sample import RepTok
 
@@ -1737,6 +1737,18 @@ def test_experiments(trained, tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "token_shapes.png").size == (20 * 64, 3 * 64)  # shapes, frozen, tuned
     monkeypatch.setattr(subprocess, "run", Mock(side_effect=RuntimeError))
     experiment.experiment("token", tmp_path, [0], tiny)
+
+def test_the_picture_of_the_lesson(trained, tmp_path, monkeypatch):
+    """The first three rows: pictures of all classes, none of them a training picture; their drawings; ten rows more."""
+    shown = lesson.held_out(16)
+    training = [one.draw_shape(one.plan_shape(i, 0), 16) for i in range(500)]
+    assert not any(np.array_equal(fid.to_uint8(x).permute(1, 2, 0), y) for x in shown for y in training)
+    monkeypatch.setattr(sys, "argv", ["lesson", str(trained / "out" / "stage2.pt"), "--out", str(tmp_path / "a.png")])
+    monkeypatch.setattr(lesson, "COLUMNS", 2)
+    lesson.main()
+    made = fid.decode(tmp_path / "a.png")
+    assert made.shape == (13 * 48 + 12, 150 + 2 * 48, 3)
+    assert np.array_equal(made[24:48:48, 150 + 24::48], fid.to_uint8(shown[:2])[:, :, 8, 8].numpy()[None])
 
 def test_colours_and_area_are_read_from_a_picture():
     """Of real shapes: the plan's own colours, and an area as geometry has it."""
