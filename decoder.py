@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         self.patch_in = nn.Linear(patch * patch * channels, width, bias=False)
         self.merge = nn.Linear(width, width, bias=False)
 
-        # A short training learns where a patch is too slowly from RoPE alone.
+        # From RoPE alone, a short training learns too slowly where a patch is.
         if learned_positions:
             self.patch_pos = nn.Parameter(0.5 * torch.randn(1, (size // patch) ** 2, width))
         else:
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         self.zero_init()
 
     def zero_init(self):
-        """At the start the output is 0, blocks are the identity, and tokens enter unchanged."""
+        """At the start the output is 0, blocks are the identity, and z that fits is unchanged."""
         nn.init.zeros_(self.patch_out.weight)
         for block in self.blocks:
             nn.init.zeros_(block.attn.out_proj.weight)
