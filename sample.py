@@ -19,7 +19,6 @@ import io
 import json
 import math
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -73,6 +72,8 @@ class RepTok(nn.Module):
             for name, average in content.get("ema", {}).items() if averaged else ():
                 network, name = name.split(".", 1)
                 states[network][name] = average
+            if "t_max" not in content["decoder"]["config"]:  # older decoders ran time the other way
+                raise KeyError("t_max")
             networks = {name: new_network(name, content[name]["config"]) for name in names}
             for name in names:
                 tok.fit(networks[name], states[name], path, f"a {name}")
@@ -107,8 +108,7 @@ class RepTok(nn.Module):
         noise = self.noise(range(len(z))) if noise is None else noise.to(self.device)
         images = []
         for tokens, x in zip(z.to(self.device).split(batch), noise.split(batch)):
-            projected = self.decoder.project(tokens)  # the same in every step
-            x = dec.euler(lambda x_t, t: self.decoder.velocity(x_t, t, projected), x, steps)
+            x = dec.euler(lambda x_t, t: self.decoder(x_t, t, tokens), x, steps)
             images.append(self.vae.decode(x).clamp(-1, 1))
         return torch.cat(images)
 
@@ -130,9 +130,9 @@ class RepTok(nn.Module):
         if bool(self.mixer.cross) != (text is not None):
             raise UserError(f"this checkpoint takes {'text: give a prompt' if self.mixer.cross else 'no text'}")
         given = [u for u in (noise, text, classes) if u is not None]
-        if not given or self.mixer.classes and classes is None:
+        if not given or self.mixer.num_classes and classes is None:
             raise UserError("say which classes: generate(classes), a tensor (B,) of their numbers")
-        if not self.mixer.classes:
+        if not self.mixer.num_classes:
             classes = None  # they only gave the number of pictures
         noise = self.noise(range(len(given[0])), mixer=True) if noise is None else noise.to(self.device)
         z = []
@@ -436,7 +436,7 @@ def requests(model, args):
 
 def class_numbers(model, wanted, most):
     """Names or numbers -> class numbers; the first `most` (None: all) where none are wanted. Raises UserError."""
-    count = model.mixer.classes
+    count = model.mixer.num_classes
     if wanted is None:
         return list(range(count))[:most] or [0]  # a checkpoint without classes gives one row
     number = {name: i for i, name in [*enumerate(map(str, range(count))), *enumerate(model.classes)]}
@@ -518,84 +518,188 @@ class ClipScore(nn.Module):
         text = self.text.tower.embed(self.text.bpe(captions).to(image.device))                            # (B,E)
         return torch.cosine_similarity(image, text)
 
-# ---- Below: the authors' checkpoint; renamings of its tensors into our names (facts of its layout only)
-DECODER = [(r"^time_emb\.weight", "mapping.freqs"), (r"^time_in_proj", "mapping.in_proj"),
-           (r"^mapping\.blocks\.(\d)\.norm", r"mapping.norms.\1"), (r"^encoder\.dino\.temp_pos_embed", "token_pos"),
-           (r"^encoder\.dino\.backbone\.(fc|ln)\.", r"token_\1."), (r"\.self_attn\.norm", ".norm1"),
-           (r"^backbone\.mid_merge\.pre_proj\.proj", "patch_in"), (r"^backbone\.mid_merge\.proj", "merge"),
-           (r"^backbone\.mid_split\.post_proj\.norm", "norm_out"), (r"\.ff\.norm", ".norm2"),
-           (r"^backbone\.mid_split\.post_proj\.proj", "patch_out"),
-           (r"^backbone\.mid_level\.0\.self_attn\.pos_emb\.freqs", "freqs"),  # the same in every block
-           (r"^backbone\.mid_level\.(\d+)\.", r"blocks.\1."), (r"\.self_attn\.", ".attn.")]
-DECODER_UNUSED = r"^ae\.|dino\.(model|target_model)\.|new_reg|\.[1-9]\d*\.self_attn\.pos_emb"
-MIXER = [(r"^t_embedder\.", "time."), (r"^label_embedder\.embedding_table\.", "label."),
-         (r"^mixer\.0\.(weight|bias)", r"proj_in.\1"), (r"^mixer\.(\d+)\.(?=[01]\.)", r"layers.\1."),
-         (r"\.0\.norm\.", ".norm1."), (r"\.1\.norm\.", ".norm2."), (r"\.0\.fn", ".tokens"), (r"\.1\.fn", ".channels"),
-         (r"(tokens|channels)\.0\.", r"\1.up."), (r"(tokens|channels)\.3\.", r"\1.down.")]
+# ---- Below: the authors' checkpoint. Its names and conventions stand here and nowhere else.
+# Their names, ours; every pair is replaced in turn.
+DECODER = [
+    ("time_emb.weight", "mapping.freqs"),
+    ("time_in_proj.", "mapping.in_proj."),
+    ("mapping.blocks.0.norm.", "mapping.norms.0."),
+    ("mapping.blocks.1.norm.", "mapping.norms.1."),
+    ("encoder.dino.temp_pos_embed", "token_pos"),
+    ("encoder.dino.backbone.fc.", "token_fc."),
+    ("encoder.dino.backbone.ln.", "token_ln."),
+    ("backbone.mid_merge.pre_proj.proj.", "patch_in."),
+    ("backbone.mid_merge.proj.", "merge."),
+    ("backbone.mid_split.post_proj.norm.", "norm_out."),
+    ("backbone.mid_split.post_proj.proj.", "patch_out."),
+    ("backbone.mid_level.0.self_attn.pos_emb.freqs", "freqs"),
+    ("backbone.mid_level.", "blocks."),
+    (".self_attn.norm.", ".norm1."),
+    (".self_attn.", ".attn."),
+    (".ff.norm.", ".norm2."),
+]
+# VAE and encoder are read by themselves. What new_reg gives is thrown away there.
+DECODER_UNUSED = (
+    "ae.", "encoder.dino.model.", "encoder.dino.target_model.", "encoder.dino.new_reg")
+MIXER = [
+    ("t_embedder.", "time."),
+    ("label_embedder.embedding_table.", "label."),
+]
+MIXER_LAYER = [
+    ("0.norm.", "norm1."),
+    ("0.fn.0.", "tokens.up."),
+    ("0.fn.3.", "tokens.down."),
+    ("1.norm.", "norm2."),
+    ("1.fn.0.", "channels.up."),
+    ("1.fn.3.", "channels.down."),
+]
 
 def released(content, path):
-    """The authors' checkpoint as a RepTok: widths and depths are counted from the stored shapes. Raises UserError."""
+    """The authors' checkpoint as a RepTok. Widths and depths are counted from the stored shapes.
+
+    Raises UserError where something is missing.
+    """
     tensors = tok.flatten(content["state_dict"])
     decoder_tensors = under(tensors, "first_stage.decoder.decoder.")
     mixer_tensors = under(tensors, "ema_model.net.") or under(tensors, "model.net.")
-    if "time_emb.weight" not in decoder_tensors:
-        raise UserError(f"{path}: not a RepTok checkpoint; expected stage1.pt, stage2.pt or the authors' .ckpt")
+    if "time_emb.weight" not in decoder_tensors or not mixer_tensors:
+        raise UserError(f"{path}: not a RepTok checkpoint; "
+                        "expected stage1.pt, stage2.pt or the authors' .ckpt")
     try:
+        # Our tokenizer keeps the tuned class token beside the ViT, which gets the original one.
         vit = tok.vit_from(under(tensors, "first_stage.encoder.encoder."), path)
-        tokenizer = Tokenizer(vit)  # its embedding is the tuned class token
+        tokenizer = Tokenizer(vit)
         original = decoder_tensors.get("encoder.dino.target_model.cls_token", vit.cls_token)
         vit.cls_token.data = original.float()
+
         vae = dec.vae_from(under(decoder_tensors, "ae.ae."), path)
         decoder = released_decoder(decoder_tensors, vae, path)
         mixer = released_mixer(mixer_tensors, path)
     except KeyError as e:
-        raise UserError(f"{path}: looks like the authors' checkpoint, but {e} is missing; get it again") from None
-    found = scale_factors(content.get("hyper_parameters", {}))
-    _, scale = min(found, key=lambda pair: not pair[0], default=(True, 1.0))  # the first stage's, if any
+        raise UserError(f"{path}: looks like the authors' checkpoint, but {e} is missing; "
+                        "get it again") from None
+
     mean = torch.zeros(1, mixer.K, mixer.D)
-    return RepTok(tokenizer, decoder, vae, mixer, mean=mean, std=torch.full_like(mean, scale), released=True)
+    std = torch.full_like(mean, scale_factor(content.get("hyper_parameters", {})))
+    return RepTok(tokenizer, decoder, vae, mixer, mean=mean, std=std, released=True)
 
 def released_decoder(tensors, vae, path):
-    """The decoder of the authors' checkpoint."""
-    tensors = tok.rename({k: v for k, v in tensors.items() if not re.search(DECODER_UNUSED, k)}, DECODER)
+    """The decoder of the authors' checkpoint, turned to the paper's time and sign.
+
+    Theirs is told 1-t, and predicts noise - data.
+    """
+    tensors = {name: x for name, x in tensors.items() if not name.startswith(DECODER_UNUSED)}
+    tensors = renamed(tensors, DECODER)
+    for name in list(tensors):
+        if name.endswith("pos_emb.freqs"):  # every block has the frequencies of block 0
+            del tensors[name]
     tensors["token_pos"] = tensors["token_pos"].view(1, 1, -1)
-    width, inputs = tensors["patch_in.weight"].shape
+    tensors["mapping.in_proj.weight"] = reverse_time(
+        tensors["mapping.in_proj.weight"], tensors["mapping.freqs"])
+    tensors["patch_out.weight"] = -tensors["patch_out.weight"]
+
+    width, inputs = tensors["patch_in.weight"].shape  # inputs: patch * patch * channels
+    numbers = [int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")]
     with torch.device("meta"):
-        decoder = dec.Decoder(vae.channels, 256 // vae.factor, patch=round((inputs / vae.channels) ** 0.5), width=width,
-                              depth=1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")),
-                              heads=len(tensors["blocks.0.attn.scale"]), mapping=len(tensors["mapping.in_proj.weight"]),
-                              token_dim=tensors["token_fc.weight"].shape[1])
+        decoder = dec.Decoder(
+            channels=vae.channels,
+            size=256 // vae.factor,
+            patch=round((inputs / vae.channels) ** 0.5),
+            width=width,
+            depth=max(numbers) + 1,
+            heads=len(tensors["blocks.0.attn.scale"]),
+            mapping=len(tensors["mapping.in_proj.weight"]),
+            token_dim=tensors["token_fc.weight"].shape[1])
     return tok.fit(decoder, tensors, path, "the authors' decoder")
 
+def reverse_time(weight, freqs):
+    """A linear map of the Fourier features of 1-t, rewritten as a map of the features of t.
+
+    weight (M,M), for [cos(2 pi f (1-t)), sin(2 pi f (1-t))], freqs f (M/2,1) -> (M,M) float64, for
+    [cos(2 pi f t), sin(2 pi f t)]. With a = 2 pi f and b = 2 pi f t:
+
+        cos(a - b) = cos a cos b + sin a sin b
+        sin(a - b) = sin a cos b - cos a sin b
+    """
+    a = 2 * math.pi * freqs[:, 0].double()                              # (M/2,)
+    from_cos, from_sin = weight.double().chunk(2, dim=1)                # each (M,M/2)
+    cos_b = from_cos * a.cos() + from_sin * a.sin()
+    sin_b = from_cos * a.sin() - from_sin * a.cos()
+    return torch.cat([cos_b, sin_b], 1)
+
 def released_mixer(tensors, path):
-    """The Mixer of the authors' checkpoint: entry 0 projects in, then come layers, norm and the projection out."""
-    tensors = {k.replace("_orig_mod.", ""): v for k, v in tensors.items()}  # a mark that compilation leaves
-    last = max(int(k.split(".")[1]) for k in tensors if k.startswith("mixer."))
-    ends = [(rf"^mixer\.{last - 1}\.", "norm."), (rf"^mixer\.{last}\.", "proj_out.")]
-    tensors = tok.rename(tensors, MIXER + ends)
-    tensors = {re.sub(r"^layers\.(\d+)", lambda m: f"layers.{int(m[1]) - 1}", k): v for k, v in tensors.items()}
-    for name, tensor in tensors.items():
-        if name.endswith(("tokens.up.weight", "tokens.down.weight")):  # stored as convolutions of kernel size 1
-            tensors[name] = tensor.squeeze(-1)
+    """The Mixer of the authors' checkpoint.
+
+    It is a numbered list: entry 0 projects in, then come the layers, a norm, the projection out.
+    """
+    tensors = renamed(tensors, [("_orig_mod.", "")])  # a mark that compilation leaves
+    last = max(int(name.split(".")[1]) for name in tensors if name.startswith("mixer."))
+    depth = last - 2
+    names = [*MIXER, ("mixer.0.", "proj_in.")]
+    for i in range(depth):
+        for theirs, ours in MIXER_LAYER:
+            names.append((f"mixer.{i + 1}.{theirs}", f"layers.{i}.{ours}"))
+    names.append((f"mixer.{last - 1}.", "norm."))
+    names.append((f"mixer.{last}.", "proj_out."))
+    tensors = renamed(tensors, names)
+
+    for name, x in tensors.items():
+        if name.endswith(("tokens.up.weight", "tokens.down.weight")):
+            tensors[name] = x.squeeze(-1)  # stored as convolutions of kernel size 1
     token_hidden, S = tensors["layers.0.tokens.up.weight"].shape
     hidden, D = tensors["proj_in.weight"].shape
     with torch.device("meta"):
-        mixer = Mixer(S - 2, D, hidden, last - 2, len(tensors["label.weight"]) - 1, token_hidden,
-                      channel_hidden=len(tensors["layers.0.channels.up.weight"]), time_scale=1.0)
+        mixer = Mixer(
+            K=S - 2,
+            D=D,
+            hidden=hidden,
+            depth=depth,
+            num_classes=len(tensors["label.weight"]) - 1,
+            token_hidden=token_hidden,
+            channel_hidden=len(tensors["layers.0.channels.up.weight"]),
+            time_scale=1.0)
     return tok.fit(mixer, tensors, path, "the authors' Mixer")
 
 def under(tensors, prefix):
     """The tensors below a prefix, without it."""
     return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-def scale_factors(node, first_stage=False):
-    """Yields (whether it is the first stage's, number) for each `scale_factor` in containers or OmegaConf's nodes."""
+def renamed(tensors, pairs):
+    """The same tensors under new names: in each name, old is replaced by new, pair after pair."""
+    out = {}
+    for name, tensor in tensors.items():
+        for old, new in pairs:
+            name = name.replace(old, new)
+        out[name] = tensor
+    return out
+
+def scale_factor(hyper_parameters):
+    """The factor by which the authors divide tokens before stage 2; 1 if the file has none.
+
+    Other networks have a scale_factor, too: that of the first stage is meant, if there are several.
+    """
+    found = []
+    for place, value in settings(hyper_parameters):
+        if place.removesuffix("._val").endswith(".scale_factor"):
+            found.append((place, value))
+    for place, value in found:
+        if "first_stage" in place:
+            return value
+    return found[0][1] if found else 1.0
+
+def settings(node, place=""):
+    """Yields (its place as keys with dots, number) of every number in nested containers.
+
+    OmegaConf's nodes hold their children as _content, their value as _val, and as _parent the node
+    above, which leads in circles.
+    """
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        leaf = value.get("_val") if isinstance(value, dict) else value
-        if key == "scale_factor" and isinstance(leaf, (int, float)):
-            yield first_stage, float(leaf)
-        if isinstance(value, (dict, list, tuple)) and key != "_parent":  # parents lead in circles
-            yield from scale_factors(value, first_stage or "first_stage" in str(key))
+        if key == "_parent":
+            continue
+        if isinstance(value, (int, float)):
+            yield f"{place}.{key}", float(value)
+        elif isinstance(value, (dict, list, tuple)):
+            yield from settings(value, f"{place}.{key}")
 
 if __name__ == "__main__":
     guarded(main)

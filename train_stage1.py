@@ -202,7 +202,8 @@ def build(args, pictures, ranks):
     vit = new_vit(args) if path == "random" else tok.load_encoder(ranks.fetch(path), args.gelu)
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer(vit, args.token, args.reg_index, args.unfreeze)
-    decoder = dec.Decoder(**shape, token_dim=tokenizer.width, K=tokenizer.K, predict=args.predict)
+    decoder = dec.Decoder(**shape, token_dim=tokenizer.width, K=tokenizer.K, predict=args.predict,
+                          t_max=0.9 if args.predict == "data" else 1.0)  # trained on data, t is hardly ever larger
     return RepTok(tokenizer, decoder, vae)
 
 def new_vit(args):

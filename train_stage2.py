@@ -130,7 +130,7 @@ def new_mixer(args, K, D, classes, text_width=None):
     """The Mixer of this size and these expansions, untrained."""
     shape = SIZES[args.size]["mixer"]
     S = K + bool(classes) + 4 * bool(text_width) + 1  # the length of its sequence, see Mixer
-    return Mixer(K, D, **shape, classes=classes, text_width=text_width, token_hidden=args.token_expansion * S,
+    return Mixer(K, D, **shape, num_classes=classes, text_width=text_width, token_hidden=args.token_expansion * S,
                  channel_hidden=args.channel_expansion * shape["hidden"])
 
 def statistics(tokens):
@@ -142,7 +142,7 @@ def statistics(tokens):
 def preview(model, pictures, width):
     """What the picture of a run shows, eight samples each: the first ten classes, or the captions of ten pictures."""
     if not model.mixer.cross:
-        return {"classes": torch.arange(min(10, max(1, model.mixer.classes))).repeat_interleave(8)}
+        return {"classes": torch.arange(min(10, max(1, model.mixer.num_classes))).repeat_interleave(8)}
     chosen = [i * len(pictures) // 10 for i in range(10)]
     words, mask = Batches(None, pictures, model.text, width).read_text(chosen, [0.0] * 10)
     words, mask = (u.repeat_interleave(8, 0).to(model.device) for u in (words, mask))
