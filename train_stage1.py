@@ -78,56 +78,90 @@ def main():
     """Stage 1 from the command line: check, build or restore, then the loop. Raises UserError."""
     args = options()
     initial = RepTok.load(args.init) if args.init else None
-    fill_defaults(args, PAPER, NANO, initial)  # by --size
+    fill_defaults(args, PAPER, NANO, initial)
     if initial:
         args.predict = initial.decoder.config["predict"]
     if args.write_data:
         return write_data(args.write_data, args.num, args.seed, args.pixels)
-    ranks = Ranks(args.device, args.dtype, args.batch, args.accumulate)  # the processes of torchrun, or this one alone
+
+    # The processes of torchrun, or this one alone.
+    ranks = Ranks(args.device, args.dtype, args.batch, args.accumulate)
     device = ranks.device
     out = Path(args.out, "stage1.pt")
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures = Pictures(args.data, args.pixels, args.seed, ranks=ranks)
-    saved = checkpoint_to_resume(out, args, pictures.fingerprint)  # or None; ends the program if the run is finished
-    model = RepTok.from_checkpoint(saved, out, averaged=False) if saved else (initial or build(args, pictures, ranks))
-    tokenizer, decoder, vae = (network.to(device) for network in (model.tokenizer, model.decoder, model.vae))
-    model = RepTok(tokenizer, decoder, vae, classes=pictures.classes, data=(pictures.source, pictures.fingerprint))
-    tokenizer.vit.checkpointing = decoder.checkpointing = args.checkpointing  # recompute activations backwards
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # tokenizer.embedding, decoder
+
+    # Go on with a stopped run, or from --init, or begin with a new decoder.
+    # A finished run ends here.
+    saved = checkpoint_to_resume(out, args, pictures.fingerprint)
+    if saved:
+        model = RepTok.from_checkpoint(saved, out, averaged=False)
+    elif initial:
+        model = RepTok(initial.tokenizer, initial.decoder, initial.vae)
+    else:
+        model = build(args, pictures, ranks)
+    model.classes = pictures.classes
+    model.data = (pictures.source, pictures.fingerprint)
+    model.to(device)
+    model.tokenizer.vit.checkpointing = args.checkpointing
+    model.decoder.checkpointing = args.checkpointing
+
+    # What is trained: of the tokenizer the class-token embedding, and the decoder.
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = new_optimizer(trained, args.lr, args.muon_lr, args.token_lr)
     ema = EMA(trained, args.ema)
-    first = restore(saved, optimizer, ema) if saved else 0  # the step to begin with
-    encode = ranks.wrap(tokenizer, args.compile)  # the same networks, with gradients averaged over all processes
-    velocity = ranks.wrap(decoder, args.compile)
-    run_frozen = frozen_networks(args, tokenizer, vae, pictures, ranks)
-    shape = (args.batch, decoder.config["channels"], decoder.config["size"], decoder.config["size"])
-    batches = load_batches(pictures, picture_order(len(pictures), args, ranks, first), device, args.workers)
+    first = restore(saved, optimizer, ema) if saved else 0
+
+    # The same two networks, whose gradients are averaged over all processes.
+    tokenizer = ranks.wrap(model.tokenizer, args.compile)
+    decoder = ranks.wrap(model.decoder, args.compile)
+
+    # What frozen networks give for a picture; with --cache it is computed once and read from a file.
+    frozen = frozen_networks(args, model.tokenizer, model.vae, pictures, ranks)
+    order = picture_order(len(pictures), args, ranks, first)
+    batches = load_batches(pictures, order, device, args.workers)
+    side = model.decoder.config["size"]
+    shape = (args.batch, model.decoder.config["channels"], side, side)
     log = Log(out, args, ranks, first, pictures, trained)
     signals = catch_signals()  # a list, filled by Ctrl-C and SIGTERM
 
-    for step, (x, _, indices) in enumerate(batches, first):                           # x (B of this process,3,S,S)
-        # Every process draws for the whole batch, so the numbers depend on neither processes nor accumulation.
-        draw = generator(args.seed, step, device, stream=0)  # stage 2 uses 1
-        t = torch.sigmoid(torch.randn(args.batch, generator=draw, device=device) + args.t_mean)           # (B,)
-        noise = torch.randn(shape, generator=draw, device=device)                                         # (B,C,h,w)
-        vae_noise = torch.randn(shape, generator=draw, device=device)                                     # (B,C,h,w)
-        mirror = torch.rand(args.batch, generator=draw, device=device) < (0.5 if args.flip else 0)        # (B,)
-        t, noise, vae_noise, mirror = (ranks.share(u) for u in (t, noise, vae_noise, mirror))
+    for step, (x, _, indices) in enumerate(batches, first):             # x (B of this process,3,S,S)
+        # Every process draws for the whole batch and takes its share, so that the numbers depend
+        # neither on the number of processes nor on accumulation.
+        random = generator(args.seed, step, device, stream=0)
+        t = torch.sigmoid(torch.randn(args.batch, generator=random, device=device) + args.t_mean)
+        noise = torch.randn(shape, generator=random, device=device)     # (B,C,h,w)
+        vae_noise = torch.randn(shape, generator=random, device=device)
+        mirror = torch.rand(args.batch, generator=random, device=device) < (0.5 if args.flip else 0)
+        t = ranks.share(t)                                              # (B,)
+        noise = ranks.share(noise)
+        vae_noise = ranks.share(vae_noise)
+        mirror = ranks.share(mirror)                                    # (B,)
         x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
+
         means = torch.zeros(3, device=device)  # of loss, flow, cosine
-        pieces = zip(*(u.chunk(args.accumulate) for u in (x, indices, mirror, t, noise, vae_noise)))  # micro-batches
-        for n, (x, indices, mirror, t, noise, vae_noise) in enumerate(pieces, 1):
-            for network in (encode, velocity):
-                network.require_backward_grad_sync = n == args.accumulate  # DDP averages gradients after the last one
+        size = len(x) // args.accumulate
+        for n in range(args.accumulate):
+            part = slice(n * size, (n + 1) * size)  # micro-batch n, of b pictures
+            if ranks.world > 1:
+                # Gradients are averaged over the processes once a step, after the last micro-batch.
+                tokenizer.require_backward_grad_sync = n + 1 == args.accumulate
+                decoder.require_backward_grad_sync = n + 1 == args.accumulate
+
             with ranks.autocast():
-                mean, logvar, z0 = run_frozen(x, indices, mirror)  # VAE posterior, original tokens; perhaps cached
-                latents = vae.sample(mean, logvar, vae_noise)                                             # (b,C,h,w)
-                z = encode(x)                                                                             # (b,K,D)
-                s = t[:, None, None, None]
-                x_t = (1 - s) * noise + s * latents                                                       # (b,C,h,w)
-                v = velocity(x_t, t, z)  # (b,C,h,w); Eq. 2: through z the loss reaches the class-token embedding
-            flow = (v.float() - (latents - noise)).square().flatten(1).mean(1)                            # Eq. 1, (b,)
-            cosine = cosine_loss(z, z0)                                                                   # Eq. 3, (b,)
+                # The VAE's posterior and the token of the untuned encoder.
+                mean, logvar, z0 = frozen(x[part], indices[part], mirror[part])
+                latents = model.vae.sample(mean, logvar, vae_noise[part])  # (b,C,h,w)
+
+                z = tokenizer(x[part])                                  # (b,K,D)
+                s = t[part][:, None, None, None]
+                x_t = (1 - s) * noise[part] + s * latents               # (b,C,h,w)
+                v = decoder(x_t, t[part], z)                            # (b,C,h,w)
+
+            # Eq. 1. Through z its gradient reaches the class-token embedding (Eq. 2).
+            flow = (v.float() - (latents - noise[part])).square().flatten(1).mean(1)  # (b,)
+            # Eq. 3: z stays near z0.
+            cosine = cosine_loss(z, z0)                                 # (b,)
             loss = (flow + args.lam * cosine).mean()
             (loss / args.accumulate).backward()
             means += torch.stack([loss, flow.mean(), cosine.mean()]).detach() / args.accumulate
@@ -136,28 +170,31 @@ def main():
         rate = set_learning_rate(optimizer, step, args)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update(step)  # its decay warms up
+        ema.update(step)
+
         end = step + 1 == args.steps or ranks.any_process(signals)
         save = end or (step + 1) % args.save_every == 0
         log.bar.update()
         if save or (step + 1) % args.log_every == 0:
             loss, flow, cosine = ranks.sum(means / ranks.world).tolist()
-            log.write(step + 1, loss=loss, flow=flow, cosine=cosine, norm=norm.item(), lr=rate)  # raises on NaN
+            # Raises UserError if the loss is not finite.
+            log.write(step + 1, loss=loss, flow=flow, cosine=cosine, norm=norm.item(), lr=rate)
         if save and ranks.main and log.due(end):
             save_run(out, step + 1, args, model, pictures.fingerprint, optimizer, ema)
         if ranks.main and (end or picture_due(step + 1, args.steps)):
             with ema.applied(), torch.no_grad(), ranks.autocast():
-                shown = held_out(pictures, args, 100 if end else 10)                                      # (n,3,S,S)
-                z = model.encode(shown)                                                                   # (n,K,D)
-                z0 = tokenizer.z0(shown.to(device))                                                       # (n,K,D)
-                from_z0 = model.decode(z0, steps=20)                                                      # (n,3,S,S)
-                from_z = model.decode(z, steps=20)                                                        # (n,3,S,S)
-                sample.save_grid(out.with_suffix(".png"), [shown[:10], from_z0[:10], from_z[:10]])
+                shown = held_out(pictures, args, 100 if end else 10)    # (n,3,S,S)
+                z = model.encode(shown)                                 # (n,K,D)
+                z0 = model.tokenizer.z0(shown.to(device))               # (n,K,D)
+                from_z0 = model.decode(z0, steps=20)                    # (n,3,S,S)
+                from_z = model.decode(z, steps=20)                      # (n,3,S,S)
+            sample.save_grid(out.with_suffix(".png"), [shown[:10], from_z0[:10], from_z[:10]])
         if end:
             break
+
     log.close(out, step + 1, f"next: python train_stage2.py --out {args.out}")
     if ranks.main:
-        print(lesson(tokenizer, pictures, shown, from_z0, from_z, z0, z))
+        print(lesson(model.tokenizer, pictures, shown, from_z0, from_z, z0, z))
 
 # ---- Below: what stage 1 is built from, and its command line
 def lesson(tokenizer, pictures, shown, from_z0, from_z, z0, z):

@@ -76,29 +76,47 @@ def main():
     log = Log(out, args, ranks, first, pictures, trained)
     signals = shared.catch_signals()  # a list, filled by Ctrl-C and SIGTERM
 
-    for step, (z, classes, *words) in enumerate(batches, first):  # z (B of this process,K,D), as the tokenizer gives it
-        # Drawn for the whole batch in every process, on the CPU: the same numbers on any device.
-        draw = generator(args.seed, step, "cpu", stream=1)
-        t, drop, *_ = torch.rand(4, args.batch, generator=draw)  # each (B,); the others are load_tokens'
-        noise = torch.randn(args.batch, K, D, generator=draw)                                             # (B,K,D)
-        t, drop, noise = (ranks.share(u) for u in (t, drop, noise))
-        keep = drop >= args.label_drop  # labels and captions are dropped at random, for guidance
-        classes = torch.where(keep, classes, len(model.classes))  # the last number is "none"
-        if words:
-            words[1] = words[1] & keep[:, None]  # the mask (B,L) of features (B,L,C) or ids (B,L); False is no text
+    for step, (z, labels, words, mask) in enumerate(batches, first):    # z (B of this process,K,D), labels (B,)
+        # Every process draws for the whole batch, on the CPU: the same numbers on any device.
+        random = generator(args.seed, step, "cpu", stream=1)
+        t, drop, *_ = torch.rand(4, args.batch, generator=random)  # the other two are load_tokens'
+        noise = torch.randn(args.batch, K, D, generator=random)         # (B,K,D)
+        t = ranks.share(t)                                              # (B,)
+        drop = ranks.share(drop)                                        # (B,)
+        noise = ranks.share(noise)
+
+        # Labels and captions are dropped at random, so that guidance has a network without condition.
+        keep = drop >= args.label_drop                                  # (B,)
+        labels = torch.where(keep, labels, len(model.classes))  # the last number is "no class"
+        if words is not None:
+            # words: ids (B,L), or features (B,L,C) made beforehand. Without a True in its mask a row has no text.
+            mask = mask & keep[:, None]                                 # (B,L)
+
         means = torch.zeros(1, device=device)
-        pieces = zip(*(u.to(device, non_blocking=True).chunk(args.accumulate) for u in (z, t, noise, classes, *words)))
-        for n, (z, t, noise, classes, *words) in enumerate(pieces, 1):
-            for network in (mixer, encode_text):
-                network.require_backward_grad_sync = n == args.accumulate  # DDP averages gradients after the last one
-            z = (z.float() - model.mean) / model.std                                                      # (b,K,D)
+        size = len(z) // args.accumulate
+        for n in range(args.accumulate):
+            part = slice(n * size, (n + 1) * size)  # micro-batch n, of b tokens
+            if ranks.world > 1:
+                # Gradients are averaged over the processes once a step, after the last micro-batch.
+                mixer.require_backward_grad_sync = n + 1 == args.accumulate
+                encode_text.require_backward_grad_sync = n + 1 == args.accumulate
+
+            def move(u):
+                return u[part].to(device, non_blocking=True)
+
+            data = (move(z).float() - model.mean) / model.std           # (b,K,D), normalised
+            start = move(noise)                                         # (b,K,D)
+            time = move(t)                                              # (b,)
+            s = time[:, None, None]
             with ranks.autocast():
-                s = t[:, None, None]
-                z_t = (1 - s) * noise + s * z                                                             # (b,K,D)
-                if words:
-                    words[0] = encode_text(words[0]).float()  # (b,L,C); those made beforehand come in float16
-                v = mixer(z_t, t, classes, *words)
-            flow = (v.float() - (z - noise)).square().flatten(1).mean(1)                                  # Eq. 1, (b,)
+                z_t = (1 - s) * start + s * data                        # (b,K,D)
+                if words is None:
+                    v = mixer(z_t, time, move(labels))                  # (b,K,D)
+                else:
+                    text = encode_text(move(words)).float()             # (b,L,C)
+                    v = mixer(z_t, time, move(labels), text, move(mask))
+
+            flow = (v.float() - (data - start)).square().flatten(1).mean(1)  # Eq. 1, (b,)
             loss = flow.mean()
             (loss / args.accumulate).backward()
             means += loss.detach() / args.accumulate
@@ -198,7 +216,7 @@ class Captioned(Pictures):
             return features.half(), mask
 
 class Batches(torch.utils.data.Dataset):
-    """[indices, view, choice] -> tokens (B,K,D) float16, labels (B,) and, with captions, what read_text returns. view
+    """[indices, view, choice] -> tokens (B,K,D) float16, labels (B,), and what read_text returns, or None, None. view
     and choice, each (B,) in [0,1), choose among the views of a picture and its captions. Raises UserError."""
     def __init__(self, rows, pictures, text, width):
         self.rows = rows  # mapped: the device and its memory only ever see a batch
@@ -211,8 +229,10 @@ class Batches(torch.utils.data.Dataset):
         views = (view * self.rows["tokens"].shape[1]).long()
         z = torch.from_numpy(self.rows["tokens"][indices, views.numpy()])                                 # (B,K,D)
         read = self.rows["index"][indices].tolist()  # another picture where one could not be read
-        text = self.read_text(read, choice.tolist()) if isinstance(self.pictures, Captioned) else []
-        return [z, self.pictures.labels[read], *text]
+        words, mask = None, None
+        if isinstance(self.pictures, Captioned):
+            words, mask = self.read_text(read, choice.tolist())
+        return z, self.pictures.labels[read], words, mask
 
     def read_text(self, indices, choice):
         """ids (B,L) for the encoder `text`, or features (B,L,C) float16 where it is None; mask (B,L)."""

@@ -134,7 +134,7 @@ def measure(model, judge, steps=20, cfg=1.5, interval=(0.3, 0.9), per_class=0):
         "each reconstructed": each_drawn,
     }
     if per_class:
-        classes = torch.arange(model.mixer.classes).repeat_interleave(per_class)
+        classes = torch.arange(model.mixer.num_classes).repeat_interleave(per_class)
         images = model.decode(model.generate(classes, 50, cfg, interval), steps)
         new, each_new = judge.right(images, classes)
         scores["generated, read right, %"] = new
