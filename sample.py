@@ -1,4 +1,5 @@
-"""A trained RepTok: generate pictures, reconstruct, interpolate, write pictures for scoring, export.
+"""A trained RepTok: generate pictures, reconstruct, interpolate, write pictures for scoring,
+export.
 
     python sample.py --ckpt out/stage2.pt                                      # a row of every class, up to ten
     python sample.py --ckpt out/stage2.pt --classes heart star --per-class 16 --cfg 1.5
@@ -8,9 +9,9 @@
     torchrun --nproc-per-node 8 -- sample.py --ckpt out/stage2.pt --save scores --num 50000  # files for fid.py
     python sample.py --ckpt out/stage2.pt --export small.pt                    # without what only training needs
 
-In Python: model = RepTok.load(path); z = model.encode(images); images = model.decode(z); z = model.generate(classes).
-Letters: B pictures, K tokens a picture, D token width, L text length, C text width, S side of a picture.
-"""
+In Python: model = RepTok.load(path); z = model.encode(images); images = model.decode(z); z =
+model.generate(classes). Letters: B pictures, K tokens a picture, D token width, L text length, C
+text width, S side of a picture. """
 import argparse
 import datetime
 import errno
@@ -36,9 +37,10 @@ from mixer import Mixer, guided
 from tokenizer import ClipText, TextTower, Tokenizer, UserError, ViT, WordEncoder
 
 class RepTok(nn.Module):
-    """Tokenizer, decoder, VAE and, from stage 2 on, Mixer and perhaps text encoder of one checkpoint.
-    Tokens z (B,K,D) are in the encoder's own scale; the Mixer works on (z - mean) / std, with mean and std (1,K,D).
-    classes: their names, [] if unknown. released: it is the authors'. data: stage 1's (source, fingerprint)."""
+    """Tokenizer, decoder, VAE and, from stage 2 on, Mixer and perhaps text encoder of one
+    checkpoint. Tokens z (B,K,D) are in the encoder's own scale; the Mixer works on (z - mean) /
+    std, with mean and std (1,K,D). classes: their names, [] if unknown. released: it is the
+    authors'. data: stage 1's (source, fingerprint)."""
     def __init__(self, tokenizer, decoder, vae, mixer=None, text=None, mean=None, std=None, classes=(), released=False,
                  data=None):
         super().__init__()
@@ -58,14 +60,16 @@ class RepTok(nn.Module):
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """Any checkpoint: stage1.pt, stage2.pt, an export, or the authors' release. Raises UserError."""
+        """Any checkpoint: stage1.pt, stage2.pt, an export, or the authors' release. Raises
+        UserError."""
         content = load_checkpoint(path, ["stage1", "stage2", "the authors' RepTok"])
         model = cls.from_checkpoint(content, path) if "kind" in content else released(content, path)
         return model.to(device)
 
     @classmethod
     def from_checkpoint(cls, content, path, averaged=True):
-        """The networks of a checkpoint of ours, with their averaged (EMA) or their last weights. Raises UserError."""
+        """The networks of a checkpoint of ours, with their averaged (EMA) or their last weights.
+        Raises UserError."""
         try:
             names = [name for name in ("tokenizer", "decoder", "vae", "mixer", "text") if name in content]
             states = {name: dict(content[name]["state"]) for name in names}
@@ -89,8 +93,9 @@ class RepTok(nn.Module):
                 "data": self.data, "statistics": {"mean": self.mean, "std": self.std}, **networks}
 
     def noise(self, seeds, mixer=False):
-        """Where the decoder's flow starts, (B,C,size,size), or the Mixer's, (B,K,D): one seed a picture. The Mixer
-        adds 2**31 to its seeds, so that its noise is independent of the decoder's, as in training."""
+        """Where the decoder's flow starts, (B,C,size,size), or the Mixer's, (B,K,D): one seed a
+        picture. The Mixer adds 2**31 to its seeds, so that its noise is independent of the
+        decoder's, as in training."""
         size = self.decoder.config["size"]
         shape = (self.mixer.K, self.mixer.D) if mixer else (self.decoder.config["channels"], size, size)
         draws = [torch.Generator().manual_seed(seed + 2**31 * mixer) for seed in seeds]
@@ -103,8 +108,9 @@ class RepTok(nn.Module):
 
     @torch.no_grad()
     def decode(self, z, steps=50, noise=None, batch=64):
-        """Tokens (B,K,D) -> images (B,3,S,S) in [-1,1], by `steps` Euler steps of the decoder's flow from noise
-        (B,C,size,size); by default picture i starts from seed i, whatever the batch."""
+        """Tokens (B,K,D) -> images (B,3,S,S) in [-1,1], by `steps` Euler steps of the decoder's
+        flow from noise (B,C,size,size); by default picture i starts from seed i, whatever the
+        batch."""
         noise = self.noise(range(len(z))) if noise is None else noise.to(self.device)
         images = []
         for tokens, x in zip(z.to(self.device).split(batch), noise.split(batch)):
@@ -114,7 +120,8 @@ class RepTok(nn.Module):
 
     @torch.no_grad()
     def prompts(self, strings):
-        """Strings -> (text (B,L,C), mask (B,L)) for `generate`. Raises UserError where the checkpoint cannot read."""
+        """Strings -> (text (B,L,C), mask (B,L)) for `generate`. Raises UserError where the
+        checkpoint cannot read."""
         if self.text is None:
             raise UserError("this checkpoint has no text encoder: give --classes, or --features")
         ids = self.text.ids(strings).to(self.device)
@@ -122,9 +129,10 @@ class RepTok(nn.Module):
 
     @torch.no_grad()
     def generate(self, classes=None, steps=50, cfg=1.5, cfg_interval=(0.3, 0.9), noise=None, text=None, mask=None):
-        """Classes (B,) long, or text (B,L,C) and mask (B,L) -> new tokens (B,K,D), by Euler steps of the Mixer's flow.
-        cfg: guidance scale, used while cfg_interval[0] <= t <= cfg_interval[1]; 1: none. noise (B,K,D): where the flow
-        of normalised tokens starts; by default picture i's is from seed i. Raises UserError on other conditions."""
+        """Classes (B,) long, or text (B,L,C) and mask (B,L) -> new tokens (B,K,D), by Euler steps
+        of the Mixer's flow. cfg: guidance scale, used while cfg_interval[0] <= t <=
+        cfg_interval[1]; 1: none. noise (B,K,D): where the flow of normalised tokens starts; by
+        default picture i's is from seed i. Raises UserError on other conditions."""
         if self.mixer is None:
             raise UserError("this checkpoint is of stage 1, which cannot generate: train stage 2 and give stage2.pt")
         if bool(self.mixer.cross) != (text is not None):
@@ -143,7 +151,8 @@ class RepTok(nn.Module):
         return torch.cat(z)
 
 def new_network(name, config):
-    """An untrained network of a checkpoint; those on the meta device take no memory before their weights come."""
+    """An untrained network of a checkpoint; those on the meta device take no memory before their
+    weights come."""
     if name == "tokenizer":
         return Tokenizer(ViT(**config["vit"]), config["token"], config["reg_index"], config["unfreeze"])
     if name == "text" and "vocabulary" in config:
@@ -162,11 +171,13 @@ def load_checkpoint(path, kinds):
     return content
 
 def save_checkpoint(path, content):
-    """Write a temporary file, then rename it: `path` is complete or unchanged. UserError where that fails."""
+    """Write a temporary file, then rename it: `path` is complete or unchanged. UserError where that
+    fails."""
     fid.write_file(path, lambda f: torch.save(content, f))
 
 def load_picture(file, pixels):
-    """A picture file -> uint8 (3,pixels,pixels): shorter side to `pixels`, centre crop. Raises what Pillow raises."""
+    """A picture file -> uint8 (3,pixels,pixels): shorter side to `pixels`, centre crop. Raises what
+    Pillow raises."""
     image = ImageOps.fit(Image.fromarray(fid.decode(file, pixels)), (pixels, pixels), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -175,7 +186,8 @@ def to_float(images):
     return images.float() / 127.5 - 1
 
 def text_features(file):
-    """An .npz of `features` (L,C) and, where some of them are padding, `mask` (L,) -> float32 (L,C), bool (L,)."""
+    """An .npz of `features` (L,C) and, where some of them are padding, `mask` (L,) -> float32
+    (L,C), bool (L,)."""
     with np.load(file, allow_pickle=False) as z:
         features = torch.from_numpy(z["features"].astype(np.float32))
         mask = torch.from_numpy(z["mask"].astype(bool)) if "mask" in z else torch.ones(len(features), dtype=torch.bool)
@@ -184,7 +196,8 @@ def text_features(file):
     return features, mask
 
 def save_grid(path, rows):
-    """Rows of images (each (B,3,H,W) in [-1,1]) as one PNG; small images are enlarged to be seen."""
+    """Rows of images (each (B,3,H,W) in [-1,1]) as one PNG; small images are enlarged to be
+    seen."""
     x = torch.stack([fid.to_uint8(row.cpu().nan_to_num()) for row in rows])                               # (R,B,3,H,W)
     R, B, _, H, W = x.shape
     picture = Image.fromarray(x.permute(0, 3, 1, 4, 2).reshape(R * H, B * W, 3).numpy())
@@ -226,7 +239,8 @@ whole = functools.partial(number, high=2**31, kind=int)
 ERRORS = (tok.UserError, dec.UserError, fid.UserError)  # each file that can be copied alone has its own
 
 def guarded(main):
-    """Call main(). An error that a user can correct ends in one line and status 2, any other in its traceback."""
+    """Call main(). An error that a user can correct ends in one line and status 2, any other in its
+    traceback."""
     try:
         main()
         if dist.is_initialized():
@@ -248,8 +262,9 @@ def guarded(main):
         sys.exit(2)
 
 class Ranks:
-    """One process, or one of many under torchrun: .rank, .world, .main, .device, .dtype, and what they do together.
-    Raises UserError where the device is missing, or where `batch` cannot be cut into `pieces` in each process."""
+    """One process, or one of many under torchrun: .rank, .world, .main, .device, .dtype, and what
+    they do together. Raises UserError where the device is missing, or where `batch` cannot be cut
+    into `pieces` in each process."""
     def __init__(self, device="auto", dtype="auto", batch=0, pieces=1):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -274,7 +289,8 @@ class Ranks:
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
 
     def autocast(self):
-        """The context of --dtype; auto takes bfloat16 where the device has matrix instructions for it."""
+        """The context of --dtype; auto takes bfloat16 where the device has matrix instructions for
+        it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
     def sum(self, x):
@@ -284,7 +300,8 @@ class Ranks:
         return x
 
     def any_process(self, found=()):
-        """Whether the list `found` is not empty in any process. All wait for each other, but not for their GPUs."""
+        """Whether the list `found` is not empty in any process. All wait for each other, but not
+        for their GPUs."""
         return bool(self.sum(torch.tensor(len(found))))
 
     def once(self, function):
@@ -295,7 +312,8 @@ class Ranks:
         return found[0]
 
     def fetch(self, name_or_path):
-        """The path of a weight file. One process a machine downloads a named one, the others wait."""
+        """The path of a weight file. One process a machine downloads a named one, the others
+        wait."""
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             tok.weight_file(name_or_path)
         self.any_process()
@@ -306,7 +324,8 @@ class Ranks:
         return x.chunk(self.world)[self.rank]
 
     def wrap(self, module, compile):
-        """torch.compile and, among many processes, DDP: equal weights at the start, gradients averaged."""
+        """torch.compile and, among many processes, DDP: equal weights at the start, gradients
+        averaged."""
         module = torch.compile(module) if compile else module
         if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
@@ -369,7 +388,8 @@ def main():
         action(model, args, ranks)
 
 def draw(model, args, _):
-    """The picture of --interpolate, --reconstruct or, without them, of what is generated. Raises UserError."""
+    """The picture of --interpolate, --reconstruct or, without them, of what is generated. Raises
+    UserError."""
     if args.interpolate:
         images = to_float(read_pictures(places_of(args.interpolate), model.pixels))                       # (2,3,S,S)
         z = model.encode(images)                                                                          # (2,K,D)
@@ -389,7 +409,8 @@ def draw(model, args, _):
     print(f"{args.out}: {len(rows)} x {len(rows[0])} pictures")
 
 def places_of(sources):
-    """Picture files, folders or .tar -> the places of their pictures, see fid.read_bytes. Raises UserError."""
+    """Picture files, folders or .tar -> the places of their pictures, see fid.read_bytes. Raises
+    UserError."""
     places = []
     for source in sources:
         many = Path(source).is_dir() or source.endswith(".tar")
@@ -408,7 +429,8 @@ def read_pictures(places, pixels):
     return torch.stack(images)
 
 def requests(model, args):
-    """What to generate, once each: class numbers, prompts, or (features, mask) of the --features. Raises UserError."""
+    """What to generate, once each: class numbers, prompts, or (features, mask) of the --features.
+    Raises UserError."""
     if model.mixer is None:
         raise UserError(f"--ckpt {args.ckpt}: of stage 1, which cannot generate; give a stage2.pt, or --reconstruct")
     if args.features:
@@ -435,7 +457,8 @@ def requests(model, args):
     return prompts
 
 def class_numbers(model, wanted, most):
-    """Names or numbers -> class numbers; the first `most` (None: all) where none are wanted. Raises UserError."""
+    """Names or numbers -> class numbers; the first `most` (None: all) where none are wanted. Raises
+    UserError."""
     count = model.mixer.num_classes
     if wanted is None:
         return list(range(count))[:most] or [0]  # a checkpoint without classes gives one row
@@ -446,7 +469,8 @@ def class_numbers(model, wanted, most):
     return [number[name] for name in wanted]
 
 def generate_images(model, wanted, seeds, args):
-    """Class numbers, prompts or features, one a picture -> images (B,3,S,S) in [-1,1], each from its own seed."""
+    """Class numbers, prompts or features, one a picture -> images (B,3,S,S) in [-1,1], each from
+    its own seed."""
     if isinstance(wanted[0], int):
         condition = {"classes": torch.tensor(wanted)}
     else:
@@ -471,7 +495,8 @@ def save_files(folder, numbers, images):
         fid.write_file(folder / f"{i:06d}.png", lambda f: picture.save(f, "PNG"))
 
 def save_reconstructed(model, args, ranks):
-    """Pictures as the model sees them to real/, their reconstructions to reconstructed/. Raises UserError."""
+    """Pictures as the model sees them to real/, their reconstructions to reconstructed/. Raises
+    UserError."""
     places = places_of(args.reconstruct)
     for numbers in my_share(len(places), ranks, args):
         real = read_pictures([places[i] for i in numbers], model.pixels)                                  # (B,3,S,S)

@@ -1,16 +1,17 @@
-"""Stage 1: train the decoder and, of the encoder, only the class-token embedding (RepTok, arXiv 2510.14630, Sec. 3).
+"""Stage 1: train the decoder and, of the encoder, only the class-token embedding (RepTok, arXiv
+2510.14630, Sec. 3).
 
     python train_stage1.py --encoder docs/encoder.pt      # coloured shapes, no download: minutes on two CPU cores
     python train_stage1.py --data FOLDER                  # own pictures, at 16 pixels; sub-folders are classes
     torchrun --nproc-per-node 8 train_stage1.py --data imagenet/train --size XL --encoder dinov2_vitb14_reg --vae FILE
 
-Writes OUT/stage1.pt (complete in itself), OUT/stage1.jsonl (one line per logged step), OUT/stage1.png (pictures; what
-is drawn from the untuned token z0; what is drawn from z) and, if it trains a small encoder first, OUT/encoder.pt. The
-same command resumes a stopped run.
+Writes OUT/stage1.pt (complete in itself), OUT/stage1.jsonl (one line per logged step),
+OUT/stage1.png (pictures; what is drawn from the untuned token z0; what is drawn from z) and, if it
+trains a small encoder first, OUT/encoder.pt. The same command resumes a stopped run.
 
-The method is the loop in `main`. Below it: the parts of stage 1, then the code that both trainers share. Letters:
-B pictures per step, b per micro-batch, K tokens per picture, D token width, S side of a picture, (C,h,w) a latent.
-"""
+The method is the loop in `main`. Below it: the parts of stage 1, then the code that both trainers
+share. Letters: B pictures per step, b per micro-batch, K tokens per picture, D token width, S side
+of a picture, (C,h,w) a latent. """
 import argparse
 import contextlib
 import dataclasses
@@ -198,7 +199,8 @@ def main():
 
 # ---- Below: what stage 1 is built from, and its command line
 def lesson(tokenizer, pictures, shown, from_z0, from_z, z0, z):
-    """The last line of a run: what tuning the token has brought, on images (n,3,S,S) and tokens (n,K,D)."""
+    """The last line of a run: what tuning the token has brought, on images (n,3,S,S) and tokens
+    (n,K,D)."""
     which = "training pictures" if pictures.source else "held-out shapes"
     psnr, psnr0 = (fid.psnr(fid.to_uint8(shown.cpu()), fid.to_uint8(x.cpu())).mean() for x in (from_z, from_z0))
     cosine = 1 - cosine_loss(z, z0).mean()
@@ -209,8 +211,9 @@ def lesson(tokenizer, pictures, shown, from_z0, from_z, z0, z):
     return line + ("; to compare: the same with --unfreeze none --out frozen" if trained else "")
 
 def frozen_networks(args, tokenizer, vae, pictures, ranks):
-    """Returns a function: images (b,3,S,S), their indices (b,), mirrored or not (b,) -> the frozen networks' outputs,
-    mean and log-variance of the latents (b,C,h,w), z0 (b,K,D); with --cache, from a file."""
+    """Returns a function: images (b,3,S,S), their indices (b,), mirrored or not (b,) -> the frozen
+    networks' outputs, mean and log-variance of the latents (b,C,h,w), z0 (b,K,D); with --cache,
+    from a file."""
     @torch.no_grad()
     def compute(x, *_):
         return [u.float() for u in (*vae.posterior(x), tokenizer.z0(x))]
@@ -251,13 +254,15 @@ def new_vit(args):
     return ViT(768, 12, 12, 3072, 14, 37, 4, True, pixels=224, mean=tok.IMAGENET[0], std=tok.IMAGENET[1])
 
 def pretrained(args, pictures, ranks):
-    """Nano's own encoder where none is given: a small ViT, trained on the pictures. Returns the path of OUT/encoder.pt.
+    """Nano's own encoder where none is given: a small ViT, trained on the pictures. Returns the
+    path of OUT/encoder.pt.
 
-    It stands in for DINOv2. Like DINOv2 it learns without labels: its class token learns to be the same for two views
-    of a picture, moved and recoloured, and so keeps what the views share, the shape; its one register learns to draw
-    its view, so that the network can compute colour and place too, which DINOv2's registers and patches hold better
-    than its class token (the paper's Table 5). DINOv2 learns from a teacher and from masked patches, on 142 million
-    photographs; this one by contrast within a batch (SimCLR) and by drawing, on the pictures of the run."""
+    It stands in for DINOv2. Like DINOv2 it learns without labels: its class token learns to be the
+    same for two views of a picture, moved and recoloured, and so keeps what the views share, the
+    shape; its one register learns to draw its view, so that the network can compute colour and
+    place too, which DINOv2's registers and patches hold better than its class token (the paper's
+    Table 5). DINOv2 learns from a teacher and from masked patches, on 142 million photographs; this
+    one by contrast within a batch (SimCLR) and by drawing, on the pictures of the run."""
     path = Path(args.out, "encoder.pt")
     settings = {name: getattr(args, name) for name in ("seed", "pretrain_steps", "pixels")}
     settings["data"] = pictures.fingerprint
@@ -273,7 +278,8 @@ def pretrained(args, pictures, ranks):
     return path
 
 def train_encoder(args, pictures, device, preview):
-    """Returns the small ViT of `pretrained`; the file `preview` shows pictures, and below what its register draws."""
+    """Returns the small ViT of `pretrained`; the file `preview` shows pictures, and below what its
+    register draws."""
     vit = new_vit(args).to(device)
     width = vit.pos_embed.shape[-1]
     draw = nn.Linear(width, 3 * args.pixels**2).to(device)  # register -> the pixels of its view
@@ -309,16 +315,18 @@ def train_encoder(args, pictures, device, preview):
     return vit
 
 def short_run(step, steps, warmup):
-    """The share of the learning rate in a short run: up in a line over `warmup` steps, flat to half of the run, and
-    down to 0 in a line."""
+    """The share of the learning rate in a short run: up in a line over `warmup` steps, flat to half
+    of the run, and down to 0 in a line."""
     return min(1.0, (step + 1) / max(1, warmup), 2 * (1 - step / steps))
 
 def picture_due(step, steps):
-    """Whether the picture of a run is drawn after `step` of `steps`: early once, then ten times in a long run."""
+    """Whether the picture of a run is drawn after `step` of `steps`: early once, then ten times in
+    a long run."""
     return step == 30 or step % max(30, steps // 10) == 0
 
 def held_out(pictures, args, count):
-    """Images (count,3,S,S) to look at: held-out shapes, or some of the pictures of --data, which are trained on."""
+    """Images (count,3,S,S) to look at: held-out shapes, or some of the pictures of --data, which
+    are trained on."""
     if pictures.source:
         count = min(count, len(pictures))
         order = sorted(range(count), key=lambda i: i % max(1, count // 10))  # the first ten spread over all, too
@@ -375,8 +383,9 @@ def options():
 
 # ---- Below: shared by both trainers. First optimizer, averages, log, checkpoints
 class Muon(torch.optim.AdamW):
-    """AdamW, but the matrices in groups with "muon" are updated by their orthogonalised momentum (Jordan 2024,
-    https://kellerjordan.github.io/posts/muon), which has the same length in all directions."""
+    """AdamW, but the matrices in groups with "muon" are updated by their orthogonalised momentum
+    (Jordan 2024, https://kellerjordan.github.io/posts/muon), which has the same length in all
+    directions."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -391,8 +400,9 @@ class Muon(torch.optim.AdamW):
         super().step()
 
 def orthogonal(x, steps=5):
-    """About U V^T of a matrix U S V^T, by Newton-Schulz iterations in float32 (torch.optim.Muon takes bfloat16, slow on
-    processors without it). They run on the small matrix a = x x^T; x becomes q x."""
+    """About U V^T of a matrix U S V^T, by Newton-Schulz iterations in float32 (torch.optim.Muon
+    takes bfloat16, slow on processors without it). They run on the small matrix a = x x^T; x
+    becomes q x."""
     if len(x) > x[0].numel():
         return orthogonal(x.mT, steps).mT
     x = x / (x.norm() + 1e-7)
@@ -405,8 +415,8 @@ def orthogonal(x, steps=5):
     return q @ x
 
 def new_optimizer(trained, lr, muon_lr=0.0, token_lr=1.0):
-    """AdamW without weight decay for {name: parameter}; with `muon_lr`, Muon for the matrices of attention and MLPs.
-    token_lr: the rate of the tokenizer's embedding, as a multiple of lr."""
+    """AdamW without weight decay for {name: parameter}; with `muon_lr`, Muon for the matrices of
+    attention and MLPs. token_lr: the rate of the tokenizer's embedding, as a multiple of lr."""
     groups = {}
     for name, p in trained.items():
         muon = muon_lr > 0 and p.ndim == 2 and bool(re.search(r"\.(attn|ff|mlp|tokens|channels)\.", name))
@@ -415,7 +425,8 @@ def new_optimizer(trained, lr, muon_lr=0.0, token_lr=1.0):
     return Muon(groups.values(), lr=lr, weight_decay=0.0, fused=True)
 
 def set_learning_rate(optimizer, step, args):
-    """Linear warm-up, then constant; for nano, cosine decay to 0. Returns the current value of --lr."""
+    """Linear warm-up, then constant; for nano, as in `short_run`. Returns the current value of
+    --lr."""
     if args.decay:
         factor = short_run(step, args.steps, args.warmup)
     else:
@@ -425,7 +436,8 @@ def set_learning_rate(optimizer, step, args):
     return args.lr * factor
 
 class EMA:
-    """Moving average of the trained parameters. The decay warms up; otherwise short runs keep their initial weights."""
+    """Moving average of the trained parameters. The decay warms up; otherwise short runs keep their
+    initial weights."""
     def __init__(self, trained, decay):
         self.parameters = list(trained.values())
         self.average = {name: p.detach().clone() for name, p in trained.items()}
@@ -449,7 +461,8 @@ class EMA:
             torch._foreach_copy_(self.parameters, kept)
 
 def catch_signals():
-    """A list, empty until Ctrl-C or SIGTERM asks to finish the step, save and stop; launchers may send several."""
+    """A list, empty until Ctrl-C or SIGTERM asks to finish the step, save and stop; launchers may
+    send several."""
     asked = []
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, lambda *_: asked.append(which))
@@ -477,7 +490,8 @@ class Log:
         self.bar = tqdm(total=args.steps, initial=first, disable=not ranks.main, desc=out.stem, dynamic_ncols=True)
 
     def write(self, step, **values):
-        """A line of `values`. Raises UserError if `loss` or `norm` is not finite: weights never recover from that."""
+        """A line of `values`. Raises UserError if `loss` or `norm` is not finite: weights never
+        recover from that."""
         if not math.isfinite(values["loss"] + values["norm"]):
             raise UserError(f"loss not finite at step {step}; last checkpoint is good; use a smaller --lr, new --out")
         then, before = self.since
@@ -492,13 +506,15 @@ class Log:
             print(json.dumps({"step": step, **values, "images_per_second": rate}), file=self.file)
 
     def due(self, end):
-        """Whether to write a checkpoint now: where --save-every is left open above nano, at most one an hour."""
+        """Whether to write a checkpoint now: where --save-every is left open above nano, at most
+        one an hour."""
         early = time.perf_counter() < self.saved + 3600 and self.args.hourly and self.args.size != "nano"
         self.saved = self.saved if early else time.perf_counter()
         return end or not early
 
     def close(self, out, step, then):
-        """The last line on the terminal, when all processes are done: what there is, and what comes `then`."""
+        """The last line on the terminal, when all processes are done: what there is, and what comes
+        `then`."""
         self.ranks.any_process()
         self.bar.close()
         then = then if step == self.args.steps else "interrupted; run the same command without --fresh to resume"
@@ -515,7 +531,8 @@ FREE = {"out", "steps", "log_every", "save_every", "hourly", "device", "workers"
         "checkpointing", "write_data", "num", "stage1"}
 
 def checkpoint_to_resume(path, args, digest):
-    """The checkpoint that this run goes on from, or None; exits 0 where it is finished. UserError: settings differ."""
+    """The checkpoint that this run goes on from, or None; exits 0 where it is finished. UserError:
+    settings differ."""
     if args.fresh or not path.exists():
         return None
     content = load_checkpoint(path, [path.stem])
@@ -545,11 +562,13 @@ def restore(content, optimizer, ema):
 
 # ---- Shared: processes, random numbers, what is computed once
 def generator(seed, step, device, stream):
-    """Random numbers that depend on (seed, step) and their use, never on processes, accumulation or restarts."""
+    """Random numbers that depend on (seed, step) and their use, never on processes, accumulation or
+    restarts."""
     return torch.Generator(device).manual_seed((seed * 1_000_000_007 + step) * 8 + stream)
 
 def fingerprint(args, pictures, how, *networks):
-    """SHA-256 of all that the outputs of frozen networks depend on: pictures, how they are taken, weights."""
+    """SHA-256 of all that the outputs of frozen networks depend on: pictures, how they are taken,
+    weights."""
     digest = hashlib.sha256(f"{pictures.fingerprint} {args.flip} {how}".encode())
     for network in networks:
         for name, tensor in network.state_dict().items():
@@ -558,11 +577,13 @@ def fingerprint(args, pictures, how, *networks):
 
 @torch.no_grad()
 def precompute(name, digest, fields, pictures, ranks, args, compute):
-    """What frozen networks give for every picture (and, with --flip, its mirror image), in one pass, kept in a file.
+    """What frozen networks give for every picture (and, with --flip, its mirror image), in one
+    pass, kept in a file.
 
-    compute(images (b,3,S,S)) -> float tensors (b,...), one for each of `fields`, (name, shape without b). Returns a
-    memory-mapped array of N records: `index`, the picture that was really read; the fields, float16 (V,*shape), V
-    views; `done`, so that a stopped pass goes on where it was. UserError where a value does not fit into float16."""
+    compute(images (b,3,S,S)) -> float tensors (b,...), one for each of `fields`, (name, shape
+    without b). Returns a memory-mapped array of N records: `index`, the picture that was really
+    read; the fields, float16 (V,*shape), V views; `done`, so that a stopped pass goes on where it
+    was. UserError where a value does not fit into float16."""
     path = Path(args.out, f"{name}-{ranks.dtype}-{digest[:12]}.npy")
     N = len(pictures)
     V = 1 + args.flip
@@ -633,8 +654,8 @@ class ShapePlan:
     captions: list       # texts that name shape, colours and, at the ends of its range, size
 
 def plan_shape(i, seed):
-    """The plan of picture i, a function of (i, seed) alone. Everything but the shape's name is a detail that a class
-    token which knows only the class cannot tell."""
+    """The plan of picture i, a function of (i, seed) alone. Everything but the shape's name is a
+    detail that a class token which knows only the class cannot tell."""
     rng = np.random.default_rng([seed, i])
     shape = SHAPES[rng.integers(len(SHAPES))]
     size = rng.uniform(*SIZE)
@@ -656,12 +677,14 @@ def size_word(size):
     return "large" if share > 0.6 else ""
 
 def nearest_colour(rgb):
-    """The name in COLOURS that is nearest to rgb (3,), 0 to 255, by the sum of absolute differences."""
+    """The name in COLOURS that is nearest to rgb (3,), 0 to 255, by the sum of absolute
+    differences."""
     distance = np.abs(PALETTE - rgb).sum(1)                                      # (10,)
     return list(COLOURS)[distance.argmin()]
 
 def circle_of(points, radii=(1.0,)):
-    """Corners (points,2), x to the right and y down, on a circle from its top on; `radii` take turns."""
+    """Corners (points,2), x to the right and y down, on a circle from its top on; `radii` take
+    turns."""
     angle = 2 * np.pi * np.arange(points) / points
     radius = np.resize(radii, points)
     return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], 1)
@@ -708,10 +731,11 @@ def draw_shape(plan, size):
     return (plan.ground + share * (plan.ink - plan.ground)).round().astype(np.uint8)
 
 class Pictures(torch.utils.data.Dataset):
-    """An indexed set of pictures: the default shapes where `source` is None, else a folder (any tree), a .tar, or a
-    folder of .tar shards. [i] -> (uint8 (3,pixels,pixels), label, index): the next readable picture stands in for one
-    that cannot be read. labels (N,) long; classes: names of the top folders, sorted, [] where there are none.
-    fingerprint: SHA-256 of the names. UserError where there are no pictures or only some lie in class folders."""
+    """An indexed set of pictures: the default shapes where `source` is None, else a folder (any
+    tree), a .tar, or a folder of .tar shards. [i] -> (uint8 (3,pixels,pixels), label, index): the
+    next readable picture stands in for one that cannot be read. labels (N,) long; classes: names of
+    the top folders, sorted, [] where there are none. fingerprint: SHA-256 of the names. UserError
+    where there are no pictures or only some lie in class folders."""
     def __init__(self, source, pixels, seed=0, captions=False, ranks=None):
         self.source = source and str(Path(source).resolve())
         self.pixels = pixels
@@ -759,8 +783,9 @@ class Pictures(torch.utils.data.Dataset):
         raise UserError(f"{self.source}: not one of its {len(self)} pictures can be read; give other --data")
 
 def list_files(source):
-    """{name: place} of all files of a folder or .tar, see fid.files. Lines of a .jsonl have "file", a path relative to
-    it, and "caption", a text or a list; they give {file: place} and {file with suffix .txt: captions}. UserError."""
+    """{name: place} of all files of a folder or .tar, see fid.files. Lines of a .jsonl have "file",
+    a path relative to it, and "caption", a text or a list; they give {file: place} and {file with
+    suffix .txt: captions}. UserError."""
     if not source.endswith(".jsonl"):
         return fid.files(source)
     found = {}
@@ -772,7 +797,8 @@ def list_files(source):
     return found
 
 def top_folders(source, names):
-    """The class folder of each picture; [] where none lies in one. Raises UserError where only some do."""
+    """The class folder of each picture; [] where none lies in one. Raises UserError where only some
+    do."""
     folders = [name.rsplit(".tar/", 1)[-1].split("/")[:-1] for name in names]  # shards are no classes
     while all(len(path) > 1 and path[0] == folders[0][0] for path in folders):  # one folder around all
         folders = [path[1:] for path in folders]
@@ -783,8 +809,9 @@ def top_folders(source, names):
     return [path[0] for path in folders if path]
 
 def picture_order(n, args, ranks, first=0):
-    """Yields this process's picture numbers of each step. Every epoch is a permutation that depends on (seed, epoch)
-    alone, and an epoch may end within a batch; so nothing about the position has to be saved."""
+    """Yields this process's picture numbers of each step. Every epoch is a permutation that depends
+    on (seed, epoch) alone, and an epoch may end within a batch; so nothing about the position has
+    to be saved."""
     @functools.lru_cache(1)
     def permutation(epoch):
         return np.random.default_rng([args.seed, epoch]).permutation(n)
@@ -794,7 +821,8 @@ def picture_order(n, args, ranks, first=0):
         yield [int(permutation(position // n)[position % n]) for position in range(start, start + share)]
 
 def load_batches(pictures, order, device, workers=None):
-    """Yields (images (b,3,S,S) in [-1,1], labels (b,), indices (b,) on the CPU) for each list of numbers in `order`."""
+    """Yields (images (b,3,S,S) in [-1,1], labels (b,), indices (b,) on the CPU) for each list of
+    numbers in `order`."""
     gpu = device.type == "cuda"
     workers = 4 * (gpu and not pictures.small) if workers is None else workers
     loader = torch.utils.data.DataLoader(pictures, batch_sampler=order, num_workers=workers, pin_memory=gpu)
@@ -832,7 +860,8 @@ def common_options(p):
     p.add("--compile", False, "torch.compile the networks", action="store_true")
 
 def fill_defaults(args, paper, nano, model=None):
-    """Set what was left open: --size (that of the checkpoint `model`), then what depends on it. Raises UserError."""
+    """Set what was left open: --size (that of the checkpoint `model`), then what depends on it.
+    Raises UserError."""
     args.hourly = getattr(args, "save_every", None) is None
     if model:
         args.pixels = model.pixels

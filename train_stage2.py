@@ -5,12 +5,12 @@
     python train_stage2.py --captions DATA --clip ViT-B-16.pt --bpe bpe_simple_vocab_16e6.txt.gz
     torchrun --nproc-per-node 8 train_stage2.py --data imagenet/train --stage1 reptok-xl-600k-ImageNet.ckpt
 
-The frozen tokenizer turns every picture into tokens once (OUT/tokens-*.npy). An MLP-Mixer then learns the flow from
-noise to them without reading a picture again. Writes OUT/stage2.pt (complete in itself), OUT/stage2.jsonl and
-OUT/stage2.png (samples from fixed noise, one row per class). The same command resumes a stopped run.
-Letters: B pictures a step, b of one forward pass, K tokens a picture, D token width, N pictures in all, V views of
-each (2 with --flip), L text length, C text width.
-"""
+The frozen tokenizer turns every picture into tokens once (OUT/tokens-*.npy). An MLP-Mixer then
+learns the flow from noise to them without reading a picture again. Writes OUT/stage2.pt (complete
+in itself), OUT/stage2.jsonl and OUT/stage2.png (samples from fixed noise, one row per class). The
+same command resumes a stopped run. Letters: B pictures a step, b of one forward pass, K tokens a
+picture, D token width, N pictures in all, V views of each (2 with --flip), L text length, C text
+width. """
 import io
 import json
 import math
@@ -152,13 +152,15 @@ def new_mixer(args, K, D, classes, text_width=None):
                  channel_hidden=args.channel_expansion * shape["hidden"])
 
 def statistics(tokens):
-    """Mean and deviation, each (1,K,D), of mapped tokens (N,V,K,D), by chunks of D: all in float32 may be 8 GB."""
+    """Mean and deviation, each (1,K,D), of mapped tokens (N,V,K,D), by chunks of D: all in float32
+    may be 8 GB."""
     chunks = (torch.from_numpy(tokens[..., i:i + 64].astype("float32")) for i in range(0, tokens.shape[-1], 64))
     mean, std = zip(*((chunk.mean((0, 1)), chunk.std((0, 1))) for chunk in chunks))
     return torch.cat(mean, -1)[None], torch.cat(std, -1)[None] + 1e-6
 
 def preview(model, pictures, width):
-    """What the picture of a run shows, eight samples each: the first ten classes, or the captions of ten pictures."""
+    """What the picture of a run shows, eight samples each: the first ten classes, or the captions
+    of ten pictures."""
     if not model.mixer.cross:
         return {"classes": torch.arange(min(10, max(1, model.mixer.num_classes))).repeat_interleave(8)}
     chosen = [i * len(pictures) // 10 for i in range(10)]
@@ -167,7 +169,8 @@ def preview(model, pictures, width):
     return {"text": model.text(words) if model.text else words.float(), "mask": mask}
 
 def text_source(args, pictures, ranks):
-    """The text encoder (CLIP, a small one trained with the Mixer, None for features) and its width. UserError."""
+    """The text encoder (CLIP, a small one trained with the Mixer, None for features) and its width.
+    UserError."""
     if args.clip:
         text = ClipText(load_text_encoder(ranks.fetch(args.clip), args.gelu), args.bpe)
     elif pictures.made:
@@ -179,8 +182,9 @@ def text_source(args, pictures, ranks):
     return text, text.width
 
 class Captioned(Pictures):
-    """Pictures with text, without classes: beside name.jpg captions in name.txt (a line each) or name.json ("caption"),
-    or features made beforehand in name.npz; or a .jsonl (see list_files). UserError where a picture has no text."""
+    """Pictures with text, without classes: beside name.jpg captions in name.txt (a line each) or
+    name.json ("caption"), or features made beforehand in name.npz; or a .jsonl (see list_files).
+    UserError where a picture has no text."""
     def __init__(self, source, pixels, seed=0, ranks=None):
         super().__init__(source, pixels, seed, captions=True, ranks=ranks)
         if source is None:
@@ -208,7 +212,8 @@ class Captioned(Pictures):
         return captions
 
     def features(self, i):
-        """Text features made beforehand: (features (L,C) float16, mask (L,) bool) of picture i. Raises UserError."""
+        """Text features made beforehand: (features (L,C) float16, mask (L,) bool) of picture i.
+        Raises UserError."""
         with fid.naming(f"{self.source}: bad text features (L,C) of {self.names[i]}"):
             features, mask = sample.text_features(io.BytesIO(fid.read_bytes(self.made[i])))
             if not features.half().isfinite().all():
@@ -216,8 +221,9 @@ class Captioned(Pictures):
             return features.half(), mask
 
 class Batches(torch.utils.data.Dataset):
-    """[indices, view, choice] -> tokens (B,K,D) float16, labels (B,), and what read_text returns, or None, None. view
-    and choice, each (B,) in [0,1), choose among the views of a picture and its captions. Raises UserError."""
+    """[indices, view, choice] -> tokens (B,K,D) float16, labels (B,), and what read_text returns,
+    or None, None. view and choice, each (B,) in [0,1), choose among the views of a picture and its
+    captions. Raises UserError."""
     def __init__(self, rows, pictures, text, width):
         self.rows = rows  # mapped: the device and its memory only ever see a batch
         self.pictures = pictures
@@ -235,7 +241,8 @@ class Batches(torch.utils.data.Dataset):
         return z, self.pictures.labels[read], words, mask
 
     def read_text(self, indices, choice):
-        """ids (B,L) for the encoder `text`, or features (B,L,C) float16 where it is None; mask (B,L)."""
+        """ids (B,L) for the encoder `text`, or features (B,L,C) float16 where it is None; mask
+        (B,L)."""
         if self.text is None:
             rows = [self.pictures.features(i) for i in indices]
             if any(features.shape[1] != self.width for features, _ in rows):
@@ -246,7 +253,8 @@ class Batches(torch.utils.data.Dataset):
         return [ids, self.text.mask(ids)]
 
 def load_tokens(data, args, ranks, first):
-    """This process's part of every batch, from the loader's workers where there are files of text to read."""
+    """This process's part of every batch, from the loader's workers where there are files of text
+    to read."""
     def order():
         for step, indices in enumerate(shared.picture_order(len(data.rows), args, ranks, first), first):
             draws = torch.rand(4, args.batch, generator=generator(args.seed, step, "cpu", stream=1))  # as in main
