@@ -338,7 +338,6 @@ def options():
     p.add("--batch", 50, "pictures at once for --save", type=whole(1))
     p.add("--clip", None, "CLIP file, to print the CLIP score of --save's pictures and their prompts")
     p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
-    p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see docs/weights.md", choices=["exact"])
     p.add("--device", "auto", "auto is cuda where there is one, else cpu", choices=["auto", "cpu", "cuda", "mps"])
     p.add("--dtype", "auto", "auto: bfloat16 where the device is made for it", choices=["auto", "float32", "bfloat16"])
     args = p.parse_args()
@@ -485,7 +484,7 @@ def save_generated(model, args, ranks):
     """--num pictures to generated/; with --clip the CLIP score is printed. Raises UserError."""
     asked = requests(model, args)
     count = args.num or args.per_class * len(asked)
-    score = ClipScore(ranks.fetch(args.clip), args.bpe, args.gelu).to(model.device) if args.clip else None
+    score = ClipScore(ranks.fetch(args.clip), args.bpe).to(model.device) if args.clip else None
     total = torch.zeros(2, dtype=torch.float64)  # sum of the cosines, and how many
     for numbers in my_share(count, ranks, args):
         wanted = [asked[i % len(asked)] for i in numbers]  # each equally often
@@ -501,13 +500,12 @@ def save_generated(model, args, ranks):
 
 class ClipScore(nn.Module):
     """Cosine of CLIP's embeddings of picture and caption (Hessel 2021)."""
-    def __init__(self, path, vocabulary, gelu=None):
+    def __init__(self, path, vocabulary):
         super().__init__()
         tensors = tok.read_tensors(path)
-        self.image = Tokenizer(tok.vit_from(tensors, path, gelu))  # it normalises as CLIP wants it
-        self.text = ClipText(tok.load_text_encoder(path, gelu), vocabulary)
-        projection = tensors["visual.proj"] if "visual.proj" in tensors else tensors["visual_projection.weight"].T
-        self.register_buffer("projection", projection.float())
+        self.image = Tokenizer(tok.vit_from(tensors, path))  # it normalises as CLIP wants it
+        self.text = ClipText(tok.load_text_encoder(path), vocabulary)
+        self.register_buffer("projection", tensors["visual_projection.weight"].T.float())
 
     @torch.no_grad()
     def forward(self, images, captions):
@@ -557,7 +555,7 @@ def released(content, path):
 
 def released_decoder(tensors, vae, path):
     """The decoder of the authors' checkpoint."""
-    tensors = tok.rename({k: v for k, v in tensors.items() if not re.search(DECODER_UNUSED, k)}, DECODER)
+    tensors = renamed({k: v for k, v in tensors.items() if not re.search(DECODER_UNUSED, k)}, DECODER)
     tensors["token_pos"] = tensors["token_pos"].view(1, 1, -1)
     width, inputs = tensors["patch_in.weight"].shape
     with torch.device("meta"):
@@ -572,7 +570,7 @@ def released_mixer(tensors, path):
     tensors = {k.replace("_orig_mod.", ""): v for k, v in tensors.items()}  # a mark that compilation leaves
     last = max(int(k.split(".")[1]) for k in tensors if k.startswith("mixer."))
     ends = [(rf"^mixer\.{last - 1}\.", "norm."), (rf"^mixer\.{last}\.", "proj_out.")]
-    tensors = tok.rename(tensors, MIXER + ends)
+    tensors = renamed(tensors, MIXER + ends)
     tensors = {re.sub(r"^layers\.(\d+)", lambda m: f"layers.{int(m[1]) - 1}", k): v for k, v in tensors.items()}
     for name, tensor in tensors.items():
         if name.endswith(("tokens.up.weight", "tokens.down.weight")):  # stored as convolutions of kernel size 1
@@ -583,6 +581,15 @@ def released_mixer(tensors, path):
         mixer = Mixer(S - 2, D, hidden, last - 2, len(tensors["label.weight"]) - 1, token_hidden,
                       channel_hidden=len(tensors["layers.0.channels.up.weight"]), time_scale=1.0)
     return tok.fit(mixer, tensors, path, "the authors' Mixer")
+
+def renamed(tensors, table):
+    """The tensors with every (pattern, replacement) of the table applied to their names."""
+    out = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in table:
+            name = re.sub(pattern, replacement, name)
+        out[name] = tensor
+    return out
 
 def under(tensors, prefix):
     """The tensors below a prefix, without it."""
