@@ -361,7 +361,7 @@ def test_guidance():
 # ---- Published files: figures that the official implementations gave for weights and pictures of these names
 VIT = {"width": 96, "depth": 3, "heads": 3, "hidden": 384, "patch": 14, "grid": 9, "layer_scale": True}
 HF_CLIP = [("^visual.proj", "visual_projection.weight"), ("^text_projection", "text_projection.weight"),
-    ("^visual", "vision_model"), ("^(?=transformer|token_emb|positional|ln_final)", "text_model."),
+    (r"^visual\.", "vision_model."), ("^(?=transformer|token_emb|positional|ln_final)", "text_model."),
     ("positional_embedding", "embeddings.position_embedding.weight"), ("conv1", "embeddings.patch_embedding"),
     ("(class_embedding|token_embedding)", r"embeddings.\1"), ("transformer.resblocks", "encoder.layers"),
     ("ln_final", "final_layer_norm"), ("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"),

@@ -230,6 +230,7 @@ class Tokenizer(nn.Module):
         prefix = self.vit.prefix()                                 # (1,1+R,D), a new tensor
         prefix[:, self.positions] = self.embedding
         z = self.vit(self.normalise(images), prefix)[:, self.positions]
+        # Contiguous, that is a copy: the patches' outputs need not stay in memory.
         return z.contiguous()                                      # (B,K,D)
 
     @torch.no_grad()
