@@ -357,7 +357,6 @@ def options():
     p.add("--batch", 50, "pictures at once for --save", type=whole(1))
     p.add("--clip", None, "CLIP file, to print the CLIP score of --save's pictures and their prompts")
     p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
-    p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see docs/weights.md", choices=["exact"])
     p.add("--device", "auto", "auto is cuda where there is one, else cpu", choices=["auto", "cpu", "cuda", "mps"])
     p.add("--dtype", "auto", "auto: bfloat16 where the device is made for it", choices=["auto", "float32", "bfloat16"])
     args = p.parse_args()
@@ -510,7 +509,7 @@ def save_generated(model, args, ranks):
     """--num pictures to generated/; with --clip the CLIP score is printed. Raises UserError."""
     asked = requests(model, args)
     count = args.num or args.per_class * len(asked)
-    score = ClipScore(ranks.fetch(args.clip), args.bpe, args.gelu).to(model.device) if args.clip else None
+    score = ClipScore(ranks.fetch(args.clip), args.bpe).to(model.device) if args.clip else None
     total = torch.zeros(2, dtype=torch.float64)  # sum of the cosines, and how many
     for numbers in my_share(count, ranks, args):
         wanted = [asked[i % len(asked)] for i in numbers]  # each equally often
@@ -526,13 +525,12 @@ def save_generated(model, args, ranks):
 
 class ClipScore(nn.Module):
     """Cosine of CLIP's embeddings of picture and caption (Hessel 2021)."""
-    def __init__(self, path, vocabulary, gelu=None):
+    def __init__(self, path, vocabulary):
         super().__init__()
         tensors = tok.read_tensors(path)
-        self.image = Tokenizer(tok.vit_from(tensors, path, gelu))  # it normalises as CLIP wants it
-        self.text = ClipText(tok.load_text_encoder(path, gelu), vocabulary)
-        projection = tensors["visual.proj"] if "visual.proj" in tensors else tensors["visual_projection.weight"].T
-        self.register_buffer("projection", projection.float())
+        self.image = Tokenizer(tok.vit_from(tensors, path))  # it normalises as CLIP wants it
+        self.text = ClipText(tok.load_text_encoder(path), vocabulary)
+        self.register_buffer("projection", tensors["visual_projection.weight"].T.float())
 
     @torch.no_grad()
     def forward(self, images, captions):

@@ -221,7 +221,7 @@ def frozen_networks(args, tokenizer, vae, pictures, ranks):
         return compute
     latent = (vae.channels, args.pixels // vae.factor, args.pixels // vae.factor)
     fields = [("mean", latent), ("logvar", latent), ("z0", (tokenizer.K, tokenizer.width))]
-    digest = fingerprint(args, pictures, tokenizer.index.tolist(), tokenizer.original or tokenizer.vit, vae)
+    digest = fingerprint(args, pictures, tokenizer.positions, tokenizer.original or tokenizer.vit, vae)
     rows = precompute("cache", digest, fields, pictures, ranks, args, compute)
     def read(x, indices, mirror):
         found = rows[indices.numpy()]
@@ -239,7 +239,7 @@ def build(args, pictures, ranks):
     shape = dict(SIZES[args.size]["decoder"], channels=vae.channels, size=args.pixels // vae.factor)
     dec.Decoder(**{**shape, "depth": 0})  # fails early if the size does not divide into patches
     path = args.encoder or pretrained(args, pictures, ranks)
-    vit = new_vit(args) if path == "random" else tok.load_encoder(ranks.fetch(path), args.gelu)
+    vit = new_vit(args) if path == "random" else tok.load_encoder(ranks.fetch(path))
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer(vit, args.token, args.reg_index, args.unfreeze)
     decoder = dec.Decoder(**shape, token_dim=tokenizer.width, K=tokenizer.K, predict=args.predict,
@@ -371,7 +371,6 @@ def options():
             (args.init, "--init takes its networks from the checkpoint",
              "encoder vae pixels unfreeze token reg_index pretrain_steps predict"),
             (args.encoder == "random", "--encoder random trains all, lambda 0", "unfreeze lam"),
-            (not args.encoder, "it needs a CLIP file as --encoder", "gelu"),
             (not own, "this run trains no encoder of its own", "pretrain_steps")):
         for name in names.split():
             if condition and getattr(args, name) != p.get_default(name):
@@ -851,7 +850,6 @@ def common_options(p):
     p.add("--clip-grad", 1.0, "largest norm of the gradient; 0 is none", type=number(0))
     p.add("--seed", 0, "seed of weights, picture order and noise", type=whole(0))
     p.section = p.sections["rarely needed"]
-    p.add("--gelu", None, "exact: the CLIP file is of open_clip or LAION, see docs/weights.md", choices=["exact"])
     p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
     p.add("--save-every", None, "steps between saves (nano: 500, 1000; else 10,000, at most hourly)", type=whole(1))
     p.add("--device", "auto", "auto is cuda where there is one, else cpu", choices=["auto", "cpu", "cuda", "mps"])

@@ -172,7 +172,7 @@ def text_source(args, pictures, ranks):
     """The text encoder (CLIP, a small one trained with the Mixer, None for features) and its width.
     UserError."""
     if args.clip:
-        text = ClipText(load_text_encoder(ranks.fetch(args.clip), args.gelu), args.bpe)
+        text = ClipText(load_text_encoder(ranks.fetch(args.clip)), args.bpe)
     elif pictures.made:
         return None, pictures.features(0)[0].shape[1]
     else:
@@ -278,8 +278,8 @@ def options():
     p.add("--channel-expansion", 4, "channel MLPs are so many times as wide as the Mixer", type=whole(1))
     p.add("--token-expansion", 2, "token MLPs are so many times as wide as the sequence", type=whole(1))
     args = p.parse_args()
-    if bool(args.clip) != bool(args.bpe) or args.clip and not args.captions or args.gelu and not args.clip:
-        raise UserError("--clip needs --captions and --bpe bpe_simple_vocab_16e6.txt.gz; --bpe, --gelu need --clip")
+    if bool(args.clip) != bool(args.bpe) or args.clip and not args.captions:
+        raise UserError("--clip needs --captions and --bpe bpe_simple_vocab_16e6.txt.gz; --bpe needs --clip")
     if args.captions and args.data:
         raise UserError("--data: --captions names the pictures itself; leave the option out")
     if isinstance(args.captions, str):
