@@ -503,6 +503,10 @@ def load_inception(path=INCEPTION, resize="pytorch-fid", device="cpu"):
     layout = torch.channels_last if str(device) == "cpu" else torch.contiguous_format
     return net.to(device, memory_format=layout)
 
+def is_npz(path):
+    """Whether a source is a file of statistics, by its suffix."""
+    return str(path).lower().endswith(".npz")
+
 def read_statistics(path):
     """An .npz with mu (D,) and sigma (D,D), as pytorch-fid and ADM write it -> .mu, .cov, float64.
 
@@ -510,7 +514,7 @@ def read_statistics(path):
     `path` is no .npz: it is a source of pictures then. Raises UserError, a ValueError, where an
     .npz cannot be read or holds no mu.
     """
-    if not str(path).endswith(".npz"):
+    if not is_npz(path):
         return None
 
     with naming(f"cannot read {path}"), np.load(path, allow_pickle=False) as file:
@@ -543,9 +547,10 @@ def write_file(path, write):
         with contextlib.suppress(OSError):
             os.remove(temporary)
 
-        reason = str(error)
-        full = isinstance(error, RuntimeError) and any(words in reason for words in DISK_FULL)
+        full = isinstance(error, RuntimeError) and any(words in str(error) for words in DISK_FULL)
         if isinstance(error, OSError) or full:
+            # What the system said before torch noticed, where it is known.
+            reason = error.__context__ if full and error.__context__ else error
             advice = "make room on the disk or give another path"
             raise UserError(f"{path} cannot be written ({reason}); {advice}") from error
         raise
@@ -1009,7 +1014,7 @@ def record(metric, value, reference, n_real, n_fake, preprocessing=None, weights
         "preprocessing": preprocessing,
         "weights_sha256": weights,
         "reference": printable(reference),
-        "reference_sha256": sha256(reference) if str(reference).endswith(".npz") else None,
+        "reference_sha256": sha256(reference) if is_npz(reference) else None,
         "versions": {
             "torch": str(torch.__version__),
             "numpy": np.__version__,
