@@ -31,10 +31,6 @@ from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-def printable(text):
-    """Any text or path -> text that can be printed: escapes stand for bytes that are not UTF-8."""
-    return str(text).encode("utf-8", "backslashreplace").decode()
-
 class UserError(ValueError):
     """Something that the user can put right. The command line prints it as one line, with status 2.
 
@@ -424,6 +420,10 @@ def pair_scores(real, fake, lpips=None):
 # ==== Nothing about the method below this line: files of weights and pictures, command line ====
 
 # ---- Messages
+
+def printable(text):
+    """Any text or path -> text that can be printed: escapes stand for bytes that are not UTF-8."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 def warn(text):
     """One line on stderr, so that scores on stdout stay alone."""
@@ -1071,7 +1071,7 @@ def options():
     add("--resize", choices=("pytorch-fid", "tf1"),
         help="how pictures come to 299 x 299 pixels: pytorch-fid (default), or tf1 for ADM's files")
     add("--batch", metavar="N", type=positive, default=50,
-        help="pictures that go through Inception at a time; no score depends on it (%(default)s)")
+        help="pictures that go through Inception at a time; scores change by rounding (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
         help="auto is cuda where there is one, else cpu; mps is not tested (%(default)s)")
     add("--inception", metavar="FILE", default=INCEPTION,
