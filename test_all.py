@@ -1434,6 +1434,41 @@ def test_lpips_and_pairs(tmp_path, capsys, monkeypatch):
     (fake / "0" / "000.png").rename(fake / "0" / "stray.png")
     assert f"2 without a partner: 0/000 of {real}, 0/stray of {fake}" in refusal("fid.py", args, capsys)
 
+def test_pairs_by_name_and_equal_pairs(tmp_path, capsys, monkeypatch):
+    """Flat pictures that differ by d have a PSNR of 20 log10(255 / d): it tells which were paired."""
+    class Zero(nn.Module):
+        sha256 = ["of", "files"]
+        def forward(self, a, b):
+            return torch.zeros(len(a))
+    monkeypatch.setattr(fid, "LPIPS", lambda *paths: Zero())
+    def score(real, fake):
+        for side, levels in (("real", real), ("fake", fake)):
+            shutil.rmtree(tmp_path / side, ignore_errors=True)
+            (tmp_path / side).mkdir()
+            for name, level in levels.items():
+                Image.new("RGB", (16, 16), (level,) * 3).save(tmp_path / side / name, lossless=True)
+        folders = [str(tmp_path / "real"), str(tmp_path / "fake")]
+        fid.main(["--pairs", *folders, "--json", str(tmp_path / "s.json")])
+        row = json.loads((tmp_path / "s.json").read_text())[0]
+        return row, capsys.readouterr().out.splitlines()[0]
+    def mean(*differences):
+        return np.mean([20 * math.log10(255 / d) for d in differences])
+    real = {"x.bmp": 100, "x.png": 50, "y.png": 9}
+    row, line = score(real, {"x.png": 60, "x.webp": 120, "y.PNG": 14})
+    assert math.isclose(row["value"], mean(10, 20, 5), rel_tol=1e-6) and row["note"] is None
+    real = {"a.png": 1, "b.png": 2, "c.png": 3}
+    row, line = score(real, {"a.png": 11, "b.png": 2, "c.png": 23})
+    assert math.isclose(row["value"], mean(10, 20), rel_tol=1e-6) and row["n_real"] == 3
+    assert "mean of 2 pairs, without 1 equal ones" in row["note"] and row["note"] in line
+    row, line = score({"a.png": 1}, {"a.png": 1})
+    assert row["value"] == "inf" and "PSNR inf" in line and "all pairs are equal" in line
+    fake = {"x.webp": 1, "x.ppm": 2}
+    for real in ({"x.png": 1, "x.bmp": 2}, {"x.png": 1}):
+        with pytest.raises(SystemExit):
+            score(real, fake)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "differ only in their suffix" in said, said
+
 def test_pictures_are_read_as_rgb(tmp_path):
     rgb = fid_picture(3, 12, 9)
     three = np.repeat(rgb[..., :1], 3, 2)
@@ -1442,9 +1477,49 @@ def test_pictures_are_read_as_rgb(tmp_path):
              "d.png": (rgb[..., 0].astype(np.uint16) * 257, "I;16", three), "e.tif": (rgb, "CMYK", rgb)}
     for name, (x, mode, _) in kinds.items():
         Image.fromarray(x).convert(mode).save(tmp_path / name)
-    read = dict(fid.images(tmp_path, workers=2))
-    assert list(read) == list(kinds)
-    assert all(x.dtype == np.uint8 and np.array_equal(x, kinds[name][2]) for name, x in read.items())
+    names, read = fid.pictures(tmp_path)
+    assert names == list(kinds)
+    for name, x in zip(names, fid.read_ahead(read, names, wait=2)):
+        assert x.dtype == np.uint8 and np.array_equal(x, kinds[name][2]), name
+
+def test_transparent_pictures_are_shown_on_white(tmp_path):
+    """Whichever way a file says it; the closed form is alpha colour + (1 - alpha) white."""
+    draw = draws("transparent")
+    rgba = draw.randint(0, 256, (12, 9, 4), np.uint8)
+    rgba[0, :, 3] = 255
+    grey = draw.randint(0, 256, (12, 9), np.uint8)
+    deep = draw.randint(0, 65536, (12, 9)).astype(np.uint16)
+    grey[1, 1] = 7
+    deep[1, 1] = 1799
+    rgba[1, 1, :3] = 7
+    def over(colour, alpha):
+        alpha = np.float64(alpha)[..., None] / 255
+        return alpha * colour + (1 - alpha) * 255
+    def keyed(colour):  # one value is transparent
+        colour = colour.reshape(12, 9, -1)
+        return np.where((colour == 7).all(-1, keepdims=True), 255, colour) * np.ones(3)
+    palette = Image.fromarray(grey).convert("P")
+    index = np.array(palette)
+    colours = np.array(palette.getpalette()).reshape(-1, 3)[index]
+    alphas = draw.randint(0, 256, 256, np.uint8)
+    rgb = rgba[..., :3].copy()
+    alpha = rgba[..., 3]
+    la = Image.merge("LA", [Image.fromarray(rgba[..., 0].copy()), Image.fromarray(alpha.copy())])
+    exact = {"lossless": True, "exact": True}
+    cases = {
+        "a.png": (Image.fromarray(rgba), {}, over(rgb, alpha)),
+        "b.webp": (Image.fromarray(rgba), exact, over(rgb, alpha)),
+        "c.png": (la, {}, over(rgb[..., :1], alpha) * np.ones(3)),
+        "d.png": (palette, {"transparency": bytes(alphas)}, over(colours, alphas[index])),
+        "e.gif": (palette, {"transparency": 7}, np.where((index == 7)[..., None], 255, colours)),
+        "f.png": (Image.fromarray(grey), {"transparency": 7}, keyed(grey)),
+        "g.png": (Image.fromarray(rgb), {"transparency": (7, 7, 7)}, keyed(rgb)),
+        "h.png": (Image.fromarray(deep), {"transparency": 1799}, keyed(deep / 257))}
+    for name, (image, options, want) in cases.items():
+        image.save(tmp_path / name, **options)
+        got = fid.decode(tmp_path / name)
+        assert got.shape == (12, 9, 3) and np.abs(got - want).max() <= 1, name
+    assert np.array_equal(fid.decode(tmp_path / "a.png")[0], rgb[0])  # what is opaque stays as it is
 
 def test_files_of_folders_links_and_shards(tmp_path):
     """Every file by its relative name; links are followed; a shard's members are read in place."""
@@ -1470,7 +1545,108 @@ def test_files_of_folders_links_and_shards(tmp_path):
     for cut in (700, last - 100, last, last + 512):  # in a header, in a member's data, at the end of the last
         (tmp_path / "cut.tar").write_bytes(whole[:cut])
         refuses("cut.tar is not a whole .tar .*; get it again", fid.files, tmp_path / "cut.tar")
-    refuses("a.zip: no such folder or .tar; unpack", fid.files, tmp_path / "a.zip")
+    refuses("a.zip: no such folder or .tar", fid.files, tmp_path / "a.zip")
+    wrong = {"a.zip": "a file, .*unpack", "a.npy": "a file of numpy arrays", "a.jpg": "one picture"}
+    for name, words in wrong.items():
+        (tmp_path / name).write_bytes(b"x")
+        refuses(f"{name} is {words}", fid.files, tmp_path / name)
+
+def contents(source):  # {name: bytes} of a folder or .tar
+    return {name: fid.read_bytes(place) for name, place in fid.files(source).items()}
+
+def test_every_real_folder_is_walked_once(tmp_path):
+    """Links to a folder above add nothing, and end; another folder counts under its first name."""
+    want = {f"{name}/{i}.png": b"%d" % i for name in ("cats", "dogs") for i in range(6)}
+    for name, content in want.items():
+        (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pets" / name).write_bytes(content)
+    (tmp_path / "pets" / "cats" / "all").symlink_to(tmp_path / "pets")
+    assert contents(tmp_path / "pets") == want
+    (tmp_path / "pets" / "dogs" / "all").symlink_to("../../pets")
+    (tmp_path / "pets" / "a.png").symlink_to("a.png")  # leads to itself: a file that cannot be read
+    assert list(fid.files(tmp_path / "pets")) == ["a.png", *sorted(want)]
+    (tmp_path / "pets" / "a.png").unlink()
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "birds" / "7.png").write_bytes(b"7")
+    for name in ("zebras", "birds", "eagles"):
+        (tmp_path / "pets" / name).symlink_to(tmp_path / "birds")
+    assert contents(tmp_path / "pets") == {"birds/7.png": b"7", **want}
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_holds_what_its_folder_holds(tmp_path, kind):
+    """Links, hidden folders, capitals, names that are not UTF-8, archives joined by cat."""
+    folder = tmp_path / "in"
+    for name in ("cats/1.png", "cats/old/2.png", "dogs/3.PNG", ".hidden/4.png", "emus/5.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode() * 99)
+    (folder / "dogs" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"latin")
+    (folder / "dogs" / "hard.png").hardlink_to(folder / "cats" / "1.png")
+    links = {
+        "cats/all": "..", "cats/old/up": "../..", "visible": ".hidden", "elks": "dogs",
+        "dogs/soft.png": "../cats/old/2.png", "dogs/twice.png": "soft.png",
+        "emus/zoo/inner": "../../cats/old", "emus/zoo/6.png": "inner/2.png"}
+    for name, target in links.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(target)
+    with tarfile.open(tmp_path / "whole.TAR", "w", format=kind) as tar:
+        tar.add(folder, ".")
+    for part in (1, 2):
+        with tarfile.open(tmp_path / f"{part}.tar", "w", format=kind) as tar:
+            for name in sorted(os.listdir(folder))[part - 1::2]:
+                tar.add(folder / name, name)
+    parts = [(tmp_path / f"{part}.tar").read_bytes() for part in (1, 2)]
+    (tmp_path / "joined.tar").write_bytes(parts[0] + parts[1])
+    want = contents(tmp_path / "whole.TAR")
+    assert {name: content[:10] for name, content in want.items()} == {
+        "cats/1.png": b"cats/1.png", "cats/old/2.png": b"cats/old/2", "dogs/3.PNG": b"dogs/3.PNG",
+        "dogs/caf\udce9.png": b"latin", "dogs/hard.png": b"cats/1.png",
+        "dogs/soft.png": b"cats/old/2", "dogs/twice.png": b"cats/old/2",
+        "emus/5.txt": b"emus/5.txt", "emus/zoo/6.png": b"cats/old/2", "visible/4.png": b".hidden/4."}
+    assert contents(tmp_path / "joined.tar") == want
+    assert contents(folder) == want
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "whole.TAR").rename(tmp_path / "shards" / "0.TAR")
+    assert contents(tmp_path / "shards") == {f"0.TAR/{name}": x for name, x in want.items()}
+    data = bytearray(parts[0])
+    with tarfile.open(tmp_path / "1.tar") as tar:
+        data[tar.getmembers()[-1].offset] ^= 1
+    (tmp_path / "1.tar").write_bytes(data)
+    refuses("1.tar is not a whole .tar", fid.files, tmp_path / "1.tar")
+    (folder / "out").symlink_to(tmp_path / "shards")
+    with tarfile.open(tmp_path / "out.tar", "w") as tar:
+        tar.add(folder / "out", "out")
+    words = "out is a link to .*shards, which is not in the archive; .*--dereference"
+    refuses(words, fid.files, tmp_path / "out.tar")
+
+def test_names_that_are_not_utf_8(tmp_path, inception, capsys, monkeypatch):
+    """They are scored, printed and named in refusals."""
+    monkeypatch.chdir(tmp_path)
+    folder, name = (os.fsdecode(part) for part in (b"a\xe9", b"\xe9.png"))
+    Path(folder).mkdir()
+    for i in range(2):
+        Image.fromarray(fid_picture(i, 32, 32)).save(Path(folder) / (str(i) + name))
+    np.savez(folder + ".npz", mu=np.zeros(6), sigma=np.eye(6), n=9)
+    fid.main([folder + ".npz", folder + ".npz", "--json", folder + ".json"])
+    assert "reference a\\udce9.npz" in capsys.readouterr().out
+    assert json.loads(Path(folder + ".json").read_text())[0]["reference"] == "a\\udce9.npz"
+    fid.main([folder, "--inception", str(inception), "--save-stats", "s.npz"])
+    (Path(folder) / ("0" + name)).write_bytes(b"")
+    said = refusal("fid.py", [folder, folder, "--inception", inception], capsys)
+    assert "cannot read 0\\udce9.png in a\\udce9" in said
+    with pytest.raises(ValueError) as error:
+        fid.files(os.fsdecode(b"\xff"))
+    print(error.value)
+    capsys.readouterr().out.encode()
+
+def test_pictures_of_unknown_formats_are_counted(tmp_path, capsys):
+    for name in ("a/1.HEIC", "a/2.heic", "b/1.png", "b/1.txt", "README"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert list(fid.left_out(fid.files(tmp_path)).items())[0] == (".heic", 2)
+    assert fid.left_out(fid.files(tmp_path)) == {".heic": 2, ".txt": 1, "no suffix": 1}
+    refuses("holds no pictures .*; it holds 2 .heic", fid.pictures, tmp_path / "a")
+    fid.tell_left_out(tmp_path)
+    assert "left out 2 .heic, 1 " in capsys.readouterr().err
 
 def test_fid_command(tmp_path, inception, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1483,8 +1659,8 @@ def test_fid_command(tmp_path, inception, capsys, monkeypatch):
     known = [made[key] for key in ("n_real", "n_fake", "preprocessing", "weights_sha256", "reference")]
     assert known == [5, 4, "pytorch-fid", fid.sha256(inception), "a"] and made["reference_sha256"] is None
     assert out.count("\n") == line.count("\n") == 1 and "biased" in line and "N = 2049" in line
-    np.savez_compressed("a.npz", arr_0=np.stack([fid_picture(i, 32, 32) for i in (0, 2, 4, 1, 3)]))
-    side, saved = (fid.measure(path, fid.load_inception(inception), batch=3) for path in ("a.npz", "s.npz"))
+    net = fid.load_inception(inception)
+    side, saved = (fid.measure(path, net, batch=3) for path in ("a", "s.npz"))
     assert side.n == saved.n == 5 and np.allclose(side.mu, saved.mu, atol=1e-5)
     assert np.allclose(side.cov, saved.cov, atol=1e-3)
     # mu and sigma win; no weights are needed; N by the rank, as the file does not say
@@ -1494,13 +1670,82 @@ def test_fid_command(tmp_path, inception, capsys, monkeypatch):
     assert "FID 0.000000  n_real unknown" in out and f"reference_sha256 {fid.sha256('adm.npz')}" in out
     assert "N = 4 and 4" in line and "N = 7" in line
     assert "do not compare" in refusal("fid.py", f"s.npz b --inception {inception} --resize tf1".split(), capsys)
+    # ADM's file does not say how its pictures were resized
+    np.savez("t.npz", mu=np.zeros(6), sigma=np.eye(6), n=9, resize="pytorch-fid")
+    fid.main(["adm.npz", "t.npz"])
+    assert "adm.npz does not say how" in capsys.readouterr().err
+    fid.main(["adm.npz", "t.npz", "--resize", "pytorch-fid"])
+    assert "does not say" not in capsys.readouterr().err
+    assert "do not compare" in refusal("fid.py", ["adm.npz", "t.npz", "--resize", "tf1"], capsys)
+
+def test_progress_batches_and_memory(tmp_path, inception, capsys, monkeypatch):
+    """The bar counts pictures, --batch is obeyed, and what is advised where memory is short exists."""
+    folder = save_tree(tmp_path / "a", [(32, 32)] * 5)
+    bars, sizes = [], []
+    class Bar(fid.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **{**options, "disable": False})
+            bars.append(self)
+    def network(self, *groups):
+        sizes.append(len(groups))
+        return torch.rand(len(groups), 2048)
+    monkeypatch.setattr(fid, "tqdm", Bar)
+    monkeypatch.setattr(fid.Inception, "forward", network)
+    saving = f"{folder} --inception {inception} --save-stats {tmp_path}/s.npz --batch 2"
+    fid.main([*saving.split(), "--device", "cpu"])
+    assert sizes == [2, 2, 1] and [(bar.n, bar.total) for bar in bars] == [(5, 5)]
+    line = [folder, folder, "--inception", inception]
+    cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+    mps = RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), cpu, mps):
+        monkeypatch.setattr(fid.Inception, "forward", Mock(side_effect=error))
+        said = refusal("fid.py", line, capsys)
+        assert re.findall(r"--[a-z-]+", said) == ["--batch", "--device"] and "out of memory" in said
+        monkeypatch.setattr(fid, "LPIPS", Mock(side_effect=error))
+        said = refusal("fid.py", [*line, "--pairs"], capsys)
+        assert re.findall(r"--[a-z-]+", said) == ["--device"]
+    monkeypatch.setattr(fid.Inception, "forward", Mock(side_effect=RuntimeError("a fault of ours")))
+    with pytest.raises(RuntimeError, match="ours"):
+        fid.main([str(arg) for arg in line])
+    for device, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        monkeypatch.setattr(module, "is_available", lambda: False)
+        assert "--device cpu" in refusal("fid.py", [*line, "--device", device], capsys)
+    for wrong in ("0", "-1", "x"):
+        assert "--batch" in refusal("fid.py", [*line, "--batch", wrong], capsys)
+
+def test_only_a_full_disk_is_called_one(tmp_path):
+    """The limit on a process's files stands for a full disk, and torch itself says its words."""
+    code = """if True:
+        import fid, resource, torch
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
+        for new in (True, False):
+            for content in ({"a": torch.rand(90000)}, {i: torch.rand(90) for i in range(900)}):
+                def write(file):
+                    torch.save(content, file, _use_new_zipfile_serialization=new)
+                try:
+                    fid.write_file("a.pt", write)
+                except fid.UserError as error:
+                    print(error)
+    """
+    (tmp_path / "a.pt").write_bytes(b"old")
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(HERE)})
+    said = run.stdout.splitlines()
+    assert len(said) == 4, run
+    assert all("File too large" in line and "make room" in line for line in said), said
+    assert (tmp_path / "a.pt").read_bytes() == b"old"
+    for error in (RuntimeError("CUDA error: device-side assert"), KeyError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            fid.write_file(tmp_path / "a.pt", Mock(side_effect=error))
+        assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    refuses("cannot be written .*; make room", fid.write_file, tmp_path / "none" / "a.pt", None)
 
 def test_fid_bad_input(tmp_path, inception, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arrays = {"other": {"x": 0}, "float": {"arr_0": np.ones((2, 8, 8, 3))}, "object": {"arr_0": np.array([{}])}}
+    arrays = {"other": {"arr_0": np.ones((2, 8, 8, 3), np.uint8)}, "object": {"mu": np.array([{}])}}
     for name, content in arrays.items():
         np.savez(name, **content)
-    (tmp_path / "short.npz").write_bytes((tmp_path / "float.npz").read_bytes()[:1000])
+    (tmp_path / "short.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:300])
     bad = save_tree(tmp_path / "broken", [(16, 16)]) / "bad.png"
     bad.write_bytes((save_tree(tmp_path / "good", [(16, 16)] * 2) / "0" / "000.png").read_bytes()[:60])
     (tmp_path / "empty").mkdir()
@@ -1510,8 +1755,9 @@ def test_fid_bad_input(tmp_path, inception, capsys, monkeypatch):
     for line, words in {
             "": "required", "good": "REAL and FAKE", "good good --resiz tf1": "unrecognized",
             "good good --pairs --save-stats a.npz": "not go with --pairs", "good none": "no such folder",
-            "good empty": "no pictures", "good other.npz": "arr_0", "good float.npz": "uint8",
-            "good object.npz": "cannot read", "good short.npz": "short.npz", "good good --inception cut.pth": "damaged",
+            "good empty": "no pictures", "good other.npz": "no mu and sigma but arr_0; save its pictures",
+            "--pairs good other.npz": "numpy arrays, not a folder", "good object.npz": "cannot read",
+            "good short.npz": "short.npz", "good good --inception cut.pth": "damaged",
             f"good good --inception {gone}": f"get it from {fid.URLS[0]}",
             "good good --inception wrong.pth": "Missing", f"broken good --inception {inception}": "bad.png"}.items():
         assert words in refusal("fid.py", line.split(), capsys), line
@@ -1569,7 +1815,7 @@ def test_files_made_to_run_code_do_not(which, tmp_path, monkeypatch):
     torch.save({"state_dict": harm}, path, _use_new_zipfile_serialization=False)  # as before torch 1.6
     check(*READERS, ordinary=lambda: torch.load(path, weights_only=False))
     path += ".npz"
-    for key, read in {"mu": fid.read_statistics, "arr_0": fid.pictures, "features": sample.text_features}.items():
+    for key, read in {"mu": fid.read_statistics, "features": sample.text_features}.items():
         np.savez(path, **{key: np.array([harm], object)})
         check(read, ordinary=lambda: np.load(path, allow_pickle=True)[key])
 
