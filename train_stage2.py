@@ -235,7 +235,8 @@ class Batches(torch.utils.data.Dataset):
         views = (view * self.rows["tokens"].shape[1]).long()
         z = torch.from_numpy(self.rows["tokens"][indices, views.numpy()])                                 # (B,K,D)
         read = self.rows["index"][indices].tolist()  # another picture where one could not be read
-        words, mask = None, None
+        words = None
+        mask = None
         if isinstance(self.pictures, Captioned):
             words, mask = self.read_text(read, choice.tolist())
         return z, self.pictures.labels[read], words, mask
