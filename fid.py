@@ -1071,7 +1071,8 @@ def options():
     add("--resize", choices=("pytorch-fid", "tf1"),
         help="how pictures come to 299 x 299 pixels: pytorch-fid (default), or tf1 for ADM's files")
     add("--batch", metavar="N", type=positive, default=50,
-        help="pictures that go through Inception at a time; scores change by rounding (%(default)s)")
+        help="pictures that go through Inception at a time; scores change by rounding "
+        "(%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
         help="auto is cuda where there is one, else cpu; mps is not tested (%(default)s)")
     add("--inception", metavar="FILE", default=INCEPTION,
