@@ -451,7 +451,11 @@ def flatten(node, prefix=""):
 
 def read_tensors(path):
     """{name: tensor} of a weight file, as it is or below "state_dict" or "model". UserError."""
-    content = read_file(path)
+    return tensors_in(read_file(path))
+
+
+def tensors_in(content):
+    """The same of what `read_file` has read."""
     for wrapper in ("state_dict", "model"):
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -624,7 +628,7 @@ def load_encoder(path):
     path = weight_file(path)
     content = read_file(path)
     if content.get("kind") != "encoder":
-        return vit_from(read_tensors(path), path)
+        return vit_from(tensors_in(content), path)
 
     # OUT/encoder.pt of train_stage1.py stores the arguments of its ViT.
     try:
