@@ -767,7 +767,7 @@ def test_loading_takes_little_memory(tmp_path):
     """The peak is at most 1.3 times the stored weights plus the model."""
     look = "print(open('/proc/self/status').read())"
     for call, kind, settings in (
-        ("tokenizer.load_encoder", tok.ViT, dict(width=512, depth=8, heads=8)),
+        ("tokenizer.load_encoder", tok.ViT, dict(width=512, depth=20, heads=8)),
         ("decoder.load_vae", dec.VAE, dict(widths=[64, 128, 256, 256])),
     ):
         code = f"import {call.split('.')[0]}, sys; {look}; {call}(sys.argv[1]); {look}"
