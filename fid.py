@@ -1071,8 +1071,7 @@ def options():
     add("--resize", choices=("pytorch-fid", "tf1"),
         help="how pictures come to 299 x 299 pixels: pytorch-fid (default), or tf1 for ADM's files")
     add("--batch", metavar="N", type=positive, default=50,
-        help="pictures that go through Inception at a time; scores change by rounding "
-        "(%(default)s)")
+        help="pictures that go through Inception at a time; changes rounding only (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
         help="auto is cuda where there is one, else cpu; mps is not tested (%(default)s)")
     add("--inception", metavar="FILE", default=INCEPTION,
@@ -1113,7 +1112,12 @@ def main(argv=None):
         if not is_out_of_memory(error):
             raise
         # Pairs are scored one at a time, so that a smaller batch is no remedy there.
-        remedy = "--device cpu" if args.pairs else f"a --batch below {args.batch}, or --device cpu"
+        remedies = []
+        if args.batch > 1 and not args.pairs:
+            remedies.append(f"a --batch below {args.batch}")
+        if device != "cpu":
+            remedies.append("--device cpu")
+        remedy = " or ".join(remedies) or "smaller pictures"
         parser.error(f"out of memory on {device}: give {remedy}")
 
 if __name__ == "__main__":

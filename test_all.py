@@ -2597,23 +2597,28 @@ def test_progress_batches_and_memory(tmp_path, inception, capsys, monkeypatch):
         return torch.rand(len(groups), 2048)
 
     monkeypatch.setattr(fid, "tqdm", Bar)
+    net = fid.load_inception(inception)
+    monkeypatch.setattr(fid, "load_inception", lambda *args: net)
     monkeypatch.setattr(fid.Inception, "forward", network)
-    saving = f"{folder} --inception {inception} --save-stats {tmp_path}/s.npz --batch 2"
-    fid.main([*saving.split(), "--device", "cpu"])
+    fid.main(f"{folder} --save-stats {tmp_path}/s.npz --batch 2 --device cpu".split())
     assert sizes == [2, 2, 1] and [(bar.n, bar.total) for bar in bars] == [(5, 5)]
-    line = [folder, folder, "--inception", inception]
+    line = [folder, folder]
     cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
     mps = RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")
     for error in (torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), cpu, mps):
         monkeypatch.setattr(fid.Inception, "forward", Mock(side_effect=error))
-        said = refusal("fid.py", line, capsys)
-        assert re.findall(r"--[a-z-]+", said) == ["--batch", "--device"] and "out of memory" in said
         monkeypatch.setattr(fid, "LPIPS", Mock(side_effect=error))
-        said = refusal("fid.py", [*line, "--pairs"], capsys)
-        assert re.findall(r"--[a-z-]+", said) == ["--device"]
+        for device, mode, remedies in (
+                ("cpu", [], ["--batch"]), ("cuda", [], ["--batch", "--device"]),
+                ("cpu", ["--pairs"], []), ("cuda", ["--pairs"], ["--device"])):
+            monkeypatch.setattr(fid, "find_device", lambda name: device)
+            said = refusal("fid.py", [*line, *mode], capsys)
+            assert f"out of memory on {device}: give " in said
+            assert re.findall(r"--[a-z-]+", said) == remedies, said
     monkeypatch.setattr(fid.Inception, "forward", Mock(side_effect=RuntimeError("a fault of ours")))
     with pytest.raises(RuntimeError, match="ours"):
         fid.main([str(arg) for arg in line])
+    monkeypatch.undo()
     for device, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
         monkeypatch.setattr(module, "is_available", lambda: False)
         assert "--device cpu" in refusal("fid.py", [*line, "--device", device], capsys)
