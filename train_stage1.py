@@ -377,7 +377,7 @@ def new_optimizer(trained, lr, muon_lr=0.0, token_lr=1.0):
     return Muon(groups.values(), lr=lr, weight_decay=0.0, fused=True)
 
 def set_learning_rate(optimizer, step, args):
-    """Linear warm-up, then constant; for nano, cosine decay to 0. Returns the current value of --lr."""
+    """Linear warm-up, then constant; for nano, as in `short_run`. Returns the current value of --lr."""
     if args.decay:
         factor = short_run(step, args.steps, args.warmup)
     else:
