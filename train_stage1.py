@@ -379,7 +379,7 @@ def short_run(step, steps, warmup):
 def picture_due(step, steps):
     """Whether the picture of a run is drawn after `step` of `steps`: early once, then ten times in
     a long run."""
-    return step == 30 or step % max(30, steps // 10) == 0
+    return step == 10 or step % max(30, steps // 10) == 0
 
 
 def held_out(pictures, args, count):
