@@ -66,7 +66,7 @@ class RepTok(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.decoder = decoder
-        # Fastest for convolutions.
+        # This memory layout is the fastest for convolutions.
         self.vae = vae.to(memory_format=torch.channels_last).requires_grad_(False)
         self.mixer = mixer
         self.text = text
@@ -340,7 +340,7 @@ def guarded(main):
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except (*ERRORS, torch.OutOfMemoryError, OSError) as e:
-        # A loader's worker puts its traceback before it.
+        # A loader's worker puts its traceback before the sentence.
         message = str(e).rsplit("UserError: ", 1)[-1]
         if isinstance(e, torch.OutOfMemoryError):
             first = message.split(". ")[0]
@@ -379,7 +379,7 @@ class Ranks:
                 f"--accumulate {pieces}"
             )
         if device == "auto":
-            # Not mps, which lacks some operations.
+            # mps is never picked by itself, because it lacks some operations.
             device = "cuda" if torch.cuda.is_available() else "cpu"
         elif device != "cpu" and not getattr(torch, device).is_available():
             raise UserError(f"--device {device}: this machine has none; use --device auto")

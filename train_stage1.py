@@ -149,7 +149,7 @@ def main():
     log = Log(out, args, ranks, first, pictures, trained)
     signals = catch_signals()  # a list, filled by Ctrl-C and SIGTERM
 
-    # X (B of this process,3,S,S).
+    # x: the pictures of this process, (B,3,S,S).
     for step, (x, _, indices) in enumerate(batches, first):
         # Every process draws for the whole batch and takes its share, so that the numbers depend
         # neither on the number of processes nor on accumulation.
@@ -261,7 +261,7 @@ def frozen_networks(args, tokenizer, vae, pictures, ranks):
         views = [
             torch.from_numpy(found[name].copy()).to(ranks.device).float() for name, _ in fields
         ]  # each (b,V,...)
-        # V = 2 with --flip.
+        # There are V = 2 views of a picture with --flip, otherwise one.
         return [u[torch.arange(len(u), device=u.device), mirror.long()] for u in views]
 
     return read
@@ -288,7 +288,7 @@ def build(args, pictures, ranks):
         token_dim=tokenizer.width,
         K=tokenizer.K,
         predict=args.predict,
-        # Trained on data, t is hardly ever larger.
+        # With its t_mean, training hardly ever draws a larger t.
         t_max=0.9 if args.predict == "data" else 1.0,
     )
     return RepTok(tokenizer, decoder, vae)
@@ -323,7 +323,7 @@ def pretrained(args, pictures, ranks):
     if ranks.main:
         print("No --encoder given: a small ViT is trained on the pictures first, without labels")
         vit = train_encoder(args, pictures, ranks.device, path.with_name("stage1.png"))
-        # Half as large a file.
+        # In float16 the file is half as large.
         state = {name: tensor.half() for name, tensor in vit.cpu().state_dict().items()}
         save_checkpoint(
             path, {"kind": "encoder", "settings": settings, "config": vit.config, "state": state}
@@ -387,7 +387,7 @@ def held_out(pictures, args, count):
     are trained on."""
     if pictures.source:
         count = min(count, len(pictures))
-        # The first ten spread over all, too.
+        # The order lets the first ten, too, spread over all pictures.
         order = sorted(range(count), key=lambda i: i % max(1, count // 10))
         return to_float(torch.stack([pictures[i * len(pictures) // count][0] for i in order]))
     shapes = [draw_shape(plan_shape(i, args.seed + 1), args.pixels) for i in range(count)]
@@ -492,7 +492,7 @@ class Muon(torch.optim.AdamW):
             for p in group["params"] if group["muon"] else ():
                 state = self.state[p]
                 if not state:
-                    # AdamW wants a step.
+                    # AdamW expects a number of steps in each parameter's state.
                     state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
                 state["momentum"].lerp_(p.grad, 0.05)
                 update = orthogonal(p.grad.lerp(state["momentum"], 0.95))  # Nesterov
@@ -605,7 +605,7 @@ class Log:
             lines = path.read_text().splitlines() if first and path.exists() else []
             self.file = open(path, "w", buffering=1)  # a line is out as soon as it is written
             for line in lines:
-                # The later ones come again.
+                # Later lines are left out: their steps come again.
                 if line.endswith("}") and json.loads(line)["step"] <= first:
                     print(line, file=self.file)
         self.bar = tqdm(
@@ -711,7 +711,7 @@ def checkpoint_to_resume(path, args, digest):
             "with another --out"
         )
     now = {**vars(args), "data": digest}
-    # Others depend on the size.
+    # The size is compared first, because other settings depend on it.
     names = sorted(now.keys() - FREE, key=lambda name: (name != "size", name))
     refuse_changes(path, content["settings"], {name: now[name] for name in names})
     if content["step"] >= args.steps:
@@ -888,7 +888,7 @@ def plan_shape(i, seed):
         "ink": nearest_colour(ink),
         "ground": nearest_colour(ground),
     }
-    # Split: there may be no size.
+    # Joining the words again removes the gap where a size is not named.
     captions = [" ".join(text.format(**words).split()) for text in CAPTIONS]
     captions = [text.replace("a orange", "an orange") for text in captions]
     return ShapePlan(shape, size, place, turn, ink, ground, captions)
@@ -1007,7 +1007,7 @@ class Pictures(torch.utils.data.Dataset):
             [number[top] for top in tops] if number else [0] * len(self.names)
         )
         self.fingerprint = hashlib.sha256(f"{pixels} {stamp}".encode()).hexdigest()
-        # Decoded pictures then stay in memory.
+        # A small set of decoded pictures stays in memory.
         self.small = len(self.names) * 3 * pixels**2 <= 2**28
 
     def __len__(self):
@@ -1061,9 +1061,9 @@ def list_files(source):
 def top_folders(source, names):
     """The class folder of each picture; [] where none lies in one. Raises UserError where only some
     do."""
-    # Shards are no classes.
+    # The name of a shard is no class.
     folders = [name.rsplit(".tar/", 1)[-1].split("/")[:-1] for name in names]
-    # One folder around all.
+    # A folder around all of them is no class either.
     while all(len(path) > 1 and path[0] == folders[0][0] for path in folders):
         folders = [path[1:] for path in folders]
     inside = [name for name, path in zip(names, folders) if path]

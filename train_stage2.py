@@ -76,20 +76,20 @@ def main():
     width = model.mixer.config["text_width"]
     model.tokenizer.requires_grad_(False)
     model.decoder.requires_grad_(False)
-    # Mixer, small text encoder.
+    # The Mixer is trained, and the small text encoder if there is one.
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = shared.new_optimizer(trained, args.lr, args.muon_lr)
     ema = EMA(trained, args.ema)
     first = shared.restore(saved, optimizer, ema) if saved else 0
     # The same networks, with gradients averaged over all processes.
     mixer = ranks.wrap(model.mixer, args.compile)
-    # Identity: made beforehand.
+    # Text features made beforehand are taken as they are.
     encode_text = ranks.wrap(model.text, args.compile) if model.text else nn.Identity()
     batches = load_tokens(Batches(rows, pictures, model.text, width), args, ranks, first)
     log = Log(out, args, ranks, first, pictures, trained)
     signals = shared.catch_signals()  # a list, filled by Ctrl-C and SIGTERM
 
-    # Z (B of this process,K,D), labels (B,).
+    # z: the tokens of this process, (B,K,D); labels (B,).
     for step, (z, labels, words, mask) in enumerate(batches, first):
         # Every process draws for the whole batch, on the CPU: the same numbers on any device.
         random = generator(args.seed, step, "cpu", stream=1)
@@ -316,7 +316,7 @@ def load_tokens(data, args, ranks, first):
         for step, indices in enumerate(
             shared.picture_order(len(data.rows), args, ranks, first), first
         ):
-            # As in main.
+            # These are the draws of main, of which two rows serve here.
             draws = torch.rand(4, args.batch, generator=generator(args.seed, step, "cpu", stream=1))
             yield indices, *(ranks.share(u) for u in draws[2:])
 
