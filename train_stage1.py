@@ -93,7 +93,7 @@ ENCODER = dict(
     lr=1e-3,
     muon_lr=0.01,
     warmup=50,
-    drawing=50.0,  # weight of the register's squared error, which is small beside the contrast
+    drawing=10.0,  # weight of the register's squared error, which is small beside the contrast
 )
 
 
