@@ -12,23 +12,36 @@ export.
     python sample.py --ckpt reptok-xl-600k-ImageNet.ckpt --classes 207 981
     # Files for fid.py.
     torchrun --nproc-per-node 8 -- sample.py --ckpt out/stage2.pt --save scores --num 50000
+    # Tokens of other pictures, for train_stage2.py.
+    torchrun --nproc-per-node 8 -- sample.py --ckpt out/stage1.pt --encode PICTURES --save FOLDER
     # Without what only training needs.
     python sample.py --ckpt out/stage2.pt --export small.pt
 
 In Python: model = RepTok.load(path); z = model.encode(images); images = model.decode(z); z =
-model.generate(classes). Letters: B pictures, K tokens a picture, D token width, L text length, C
-text width, S side of a picture."""
+model.generate(labels). First the model, then the pictures of a folder and their tokens, then the
+command line, and at the end the authors' checkpoint. Letters: B pictures, b of one forward pass,
+K tokens a picture, D token width, N pictures in all, V views of each, L text length, C text width,
+S side of a picture."""
 
 import argparse
+import contextlib
 import datetime
 import errno
 import functools
+import hashlib
 import io
-import json
 import math
 import os
+import re
+import signal
 import sys
+import warnings
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there two runs in one folder are not noticed
+    fcntl = None
 
 import numpy as np
 import torch
@@ -47,8 +60,7 @@ from tokenizer import ClipText, TextTower, Tokenizer, UserError, ViT, WordEncode
 class RepTok(nn.Module):
     """Tokenizer, decoder, VAE and, from stage 2 on, Mixer and perhaps text encoder of one
     checkpoint. Tokens z (B,K,D) are in the encoder's own scale; the Mixer works on (z - mean) /
-    std, with mean and std (1,K,D). classes: their names, [] if unknown. released: it is the
-    authors'. data: stage 1's (source, fingerprint)."""
+    std, with mean and std (1,K,D). class_names: [] if unknown. released: it is the authors'."""
 
     def __init__(
         self,
@@ -59,9 +71,8 @@ class RepTok(nn.Module):
         text=None,
         mean=None,
         std=None,
-        classes=(),
+        class_names=(),
         released=False,
-        data=None,
     ):
         super().__init__()
         self.tokenizer = tokenizer
@@ -72,9 +83,8 @@ class RepTok(nn.Module):
         self.text = text
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
-        self.classes = list(classes)
+        self.class_names = list(class_names)
         self.released = released
-        self.data = data
         self.pixels = decoder.config["size"] * vae.factor
 
     device = property(lambda self: self.decoder.freqs.device)
@@ -104,8 +114,12 @@ class RepTok(nn.Module):
             networks = {name: new_network(name, content[name]["config"]) for name in names}
             for name in names:
                 tok.fit(networks[name], states[name], path, f"a {name}")
-            facts = {name: content.get(name) for name in ("classes", "released", "data")}
-            return cls(**networks, **content["statistics"], **facts)
+            return cls(
+                **networks,
+                **content["statistics"],
+                class_names=content["class_names"],
+                released=content["released"],
+            )
         except (KeyError, TypeError, AttributeError) as e:
             raise UserError(
                 f"{path}: not a checkpoint of this version ({type(e).__name__}: {e}); train again"
@@ -119,9 +133,8 @@ class RepTok(nn.Module):
         }
         return {
             "kind": "stage2" if self.mixer else "stage1",
-            "classes": self.classes,
+            "class_names": self.class_names,
             "released": self.released,
-            "data": self.data,
             "statistics": {"mean": self.mean, "std": self.std},
             **networks,
         }
@@ -139,7 +152,19 @@ class RepTok(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B,3,H,W) in [-1,1], any size -> tokens (B,K,D)."""
+        """Images (B,3,H,W) in [-1,1], any size -> tokens (B,K,D). ValueError where they are not in
+        [-1,1]; a warning where nothing is below 0, as in images in [0,1]."""
+        low, high = images.aminmax()
+        if low < -1.001 or high > 1.001:
+            raise ValueError(
+                f"images must lie in [-1,1], not in [{low:.3g},{high:.3g}]: for pixels from 0 to "
+                "255, images / 127.5 - 1"
+            )
+        if low >= 0:
+            warnings.warn(
+                "no pixel is below 0: images must lie in [-1,1], 2 * images - 1 for those in [0,1]",
+                stacklevel=2,
+            )
         return self.tokenizer(images.to(self.device))
 
     @torch.no_grad()
@@ -166,7 +191,7 @@ class RepTok(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        classes=None,
+        labels=None,
         steps=50,
         cfg=1.5,
         cfg_interval=(0.3, 0.9),
@@ -174,10 +199,10 @@ class RepTok(nn.Module):
         text=None,
         mask=None,
     ):
-        """Classes (B,) long, or text (B,L,C) and mask (B,L) -> new tokens (B,K,D), by Euler steps
-        of the Mixer's flow. cfg: guidance scale, used while cfg_interval[0] <= t <=
-        cfg_interval[1]; 1: none. noise (B,K,D): where the flow of normalised tokens starts; by
-        default picture i's is from seed i. Raises UserError on other conditions."""
+        """Labels (B,) long, or text (B,L,C) and mask (B,L) -> new tokens (B,K,D), by Euler steps of
+        the Mixer's flow. cfg: guidance scale, used while cfg_interval[0] <= t <= cfg_interval[1];
+        1: none. noise (B,K,D): where the flow of normalised tokens starts; by default picture i's
+        is from seed i. Raises UserError on other conditions."""
         if self.mixer is None:
             raise UserError(
                 "this checkpoint is of stage 1, which cannot generate: train stage 2 "
@@ -187,21 +212,22 @@ class RepTok(nn.Module):
             raise UserError(
                 f"this checkpoint takes {'text: give a prompt' if self.mixer.cross else 'no text'}"
             )
-        given = [u for u in (noise, text, classes) if u is not None]
-        if not given or self.mixer.num_classes and classes is None:
-            raise UserError("say which classes: generate(classes), a tensor (B,) of their numbers")
+        given = [u for u in (noise, text, labels) if u is not None]
+        if not given or self.mixer.num_classes and labels is None:
+            raise UserError("say which classes: generate(labels), a tensor (B,) of their numbers")
+        count = len(given[0])
         if not self.mixer.num_classes:
-            classes = None  # they only gave the number of pictures
-        noise = (
-            self.noise(range(len(given[0])), mixer=True) if noise is None else noise.to(self.device)
-        )
+            labels = None  # they only gave the number of pictures
+        if noise is None:
+            noise = self.noise(range(count), mixer=True)            # (B,K,D)
+
         z = []
-        for i in range(0, len(given[0]), 1024):
-            condition = [
-                u if u is None else u[i : i + 1024].to(self.device) for u in (classes, text, mask)
-            ]
+        for i in range(0, count, 1024):
+            part = slice(i, i + 1024)
+            condition = [u if u is None else u[part].to(self.device) for u in (labels, text, mask)]
             velocity = guided(self.mixer, *condition, scale=cfg, interval=cfg_interval)
-            z.append(dec.euler(velocity, noise[i : i + 1024], steps) * self.std + self.mean)
+            data = dec.euler(velocity, noise[part].to(self.device), steps)  # (b,K,D), normalised
+            z.append(data * self.std + self.mean)
         return torch.cat(z)
 
 
@@ -272,6 +298,11 @@ def text_features(file):
     return features, mask
 
 
+def tell(text):
+    """A line on the terminal, above progress bars."""
+    tqdm.write(fid.printable(text), file=sys.stderr)
+
+
 def save_grid(path, rows):
     """Rows of images (each (B,3,H,W) in [-1,1]) as one PNG; small images are enlarged to be
     seen."""
@@ -281,6 +312,256 @@ def save_grid(path, rows):
     scale = max(1, 64 // H)
     picture = picture.resize((B * W * scale, R * H * scale), Image.Resampling.NEAREST)
     fid.write_file(path, lambda f: picture.save(f, "PNG"))
+
+
+# ---- Pictures, and their tokens. Both trainers use these too
+class Pictures(torch.utils.data.Dataset):
+    """The pictures of a folder (any tree), a .tar, or a folder of .tar shards.
+
+    pictures[i] -> (uint8 (3,pixels,pixels), i). In the place of a picture that cannot be read
+    stands the next one that can, with its own number. names: the pictures' paths within the source.
+    labels (N,) long. class_names: the top folders, sorted, [] where there are none. fingerprint: a
+    SHA-256 of the names. Raises UserError where there are no pictures, or where only some of them
+    lie in class folders."""
+
+    def __init__(self, source, pixels, ranks=None):
+        self.source = str(Path(source).resolve())
+        self.found = ranks.once(self.find) if ranks else self.find()
+        names = [name for name in self.found if name.lower().endswith(fid.SUFFIXES)]
+        left_out = fid.left_out(self.found)
+        if len(names) < 2:
+            raise UserError(
+                f"{source}: no pictures in it, or only one, and {fid.listed(left_out) or 'no'} "
+                f"other files; expected {', '.join(fid.SUFFIXES)} files"
+            )
+        if left_out and (ranks is None or ranks.main):
+            tell(f"{source}: left out {fid.listed(left_out)}")
+        self.set_up(pixels, names, top_folders(source, names))
+
+    def find(self):
+        """{name: place} of all files of the source, see fid.files."""
+        return fid.files(self.source)
+
+    def set_up(self, pixels, names, folders):
+        """What all sets of pictures have. folders: of each picture that of its class, or []."""
+        self.pixels = pixels
+        self.names = names
+        self.class_names = sorted(set(folders))
+        number = {name: i for i, name in enumerate(self.class_names)}
+        self.labels = torch.tensor([number[name] for name in folders] or [0] * len(names))
+        text = "\n".join([str(pixels), *names])
+        self.fingerprint = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+        # A small set of decoded pictures stays in memory.
+        self.small = len(names) * 3 * pixels**2 <= 2**28
+        self.kept = {}
+        # In memory that a loader's workers share, so that a damaged picture is named once.
+        self.named = torch.zeros(len(names), dtype=torch.bool).share_memory_()
+
+    def __len__(self):
+        return len(self.names)
+
+    def open(self, i):
+        """uint8 (3,pixels,pixels) of picture i. Raises UserError where it cannot be decoded."""
+        with fid.naming(f"{self.names[i]}: not a readable picture"):
+            data = fid.read_bytes(self.found[self.names[i]])
+            return load_picture(io.BytesIO(data), self.pixels)
+
+    def __getitem__(self, i):
+        for j in [*range(i, len(self)), *range(i)]:
+            if j in self.kept:
+                return self.kept[j], j
+            try:
+                x = self.open(j)
+            except fid.UserError as e:
+                if not self.named[j]:
+                    tell(f"skipped: {e}")
+                self.named[j] = True
+                continue
+            if self.small:
+                self.kept[j] = x
+            return x, j
+        raise UserError(
+            f"{self.source}: not one of its {len(self)} pictures can be read; give others"
+        )
+
+
+def top_folders(source, names):
+    """The class folder of each picture; [] where none lies in one. Raises UserError where only some
+    do."""
+    # The name of a shard is no class.
+    folders = [re.split(r"\.tar/", name, flags=re.IGNORECASE)[-1].split("/")[:-1] for name in names]
+    # A folder around all of them is no class either.
+    while all(len(path) > 1 and path[0] == folders[0][0] for path in folders):
+        folders = [path[1:] for path in folders]
+    inside = [name for name, path in zip(names, folders) if path]
+    outside = [name for name, path in zip(names, folders) if not path]
+    if inside and outside:
+        raise UserError(
+            f"{source}: {inside[0]} lies in a class folder and {outside[0]} in "
+            "none; move one of them"
+        )
+    return [path[0] for path in folders if path]
+
+
+def load_batches(data, order, device, workers=0):
+    """Yields a batch of a data set for each list of numbers in `order`: images (b,3,S,S) in [-1,1],
+    their numbers (b,) on the CPU, and a list of what else it gives; images and list on `device`."""
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_sampler=order,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals,
+    )
+    for images, numbers, *others in loader:
+        images = to_float(images.to(device, non_blocking=True))
+        yield images, numbers, [u.to(device, non_blocking=True) for u in others]
+
+
+def leave_signals(_=0):
+    """For a loader's workers. Ctrl-C and SIGTERM reach every process of a group: the trainer
+    answers them when its step is done, and until then its workers must live."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@torch.no_grad()
+def compute_once(paths, compute, pictures, ranks, flip=False, workers=0):
+    """Run frozen networks over all pictures once, in order, and keep their outputs in files.
+
+    compute(images (b,3,S,S)) -> a list of (b,...), of which one goes to each of `paths`: a .npy,
+    float16 (N,V,...), with V = 2 views of each picture where `flip` (as it is, and mirrored), else
+    1. The files are complete or absent; a pass that was stopped begins again. Returns the numbers
+    of the pictures that were read, (N,) long. Raises UserError where a value does not fit into
+    float16."""
+    N = len(pictures)
+    parts = [path.with_name(path.name + ".part") for path in paths]
+    with ranks.autocast():
+        blank = torch.zeros(1, 3, pictures.pixels, pictures.pixels, device=ranks.device)
+        shapes = [(N, 1 + flip, *values.shape[1:]) for values in compute(blank)]
+    if ranks.main:
+        for part, shape in zip(parts, shapes):
+            reserve(part, shape)
+    ranks.barrier()
+    if not all(part.exists() for part in parts):
+        raise UserError(
+            f"{parts[0]}: not on this machine's disk; give --out on a disk that all machines share"
+        )
+
+    # Rounding differs between batch sizes: 64 pictures are one pass, whatever the number of
+    # processes. Each process takes passes that follow each other.
+    chunks = [list(range(i, min(i + 64, N))) for i in range(0, N, 64)]
+    begin = len(chunks) * ranks.rank // ranks.world
+    end = len(chunks) * (ranks.rank + 1) // ranks.world
+    chunks = chunks[begin:end]
+    read = torch.zeros(N, dtype=torch.long)
+    with tqdm(
+        desc=paths[0].stem,
+        total=sum(len(chunk) for chunk in chunks),
+        disable=not ranks.main,
+        dynamic_ncols=True,
+    ) as bar:
+        batches = load_batches(pictures, chunks, ranks.device, workers)
+        for chunk, (images, numbers, _) in zip(chunks, batches):
+            with ranks.autocast():
+                views = [compute(images)]
+                if flip:
+                    views.append(compute(images.flip(-1)))
+            for part, *values in zip(parts, *views):
+                values = torch.stack(values, 1).to(torch.float16)   # (b,V,...)
+                if not values.isfinite().all():
+                    raise UserError(
+                        f"{part}: the networks' values are not finite or beyond float16; "
+                        "check their weights"
+                    )
+                write_rows(part, chunk[0], values.cpu().numpy())
+            read[chunk] = numbers
+            bar.update(len(chunk))
+
+    read = ranks.sum(read)  # each process has filled in its own
+    if ranks.main:
+        for part, path in zip(parts, paths):
+            rows = np.load(part, mmap_mode="r")
+            # reserve() left NaN, which no process writes.
+            if np.isnan(rows.reshape(N, -1)[:, 0]).any():
+                raise UserError(
+                    f"{part}: what other processes wrote is missing; give --out on a disk that "
+                    "keeps what several machines write"
+                )
+            os.replace(part, path)
+    ranks.barrier()
+    return read
+
+
+def reserve(path, shape):
+    """A .npy of this shape, float16, full of NaN. So it takes its place on the disk now, not when a
+    mapped file is written, where a full disk would kill the process. Raises OSError."""
+    row = np.full(shape[1:], np.nan, np.float16).tobytes()
+    try:
+        with open(path, "wb") as file:
+            header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for _ in range(shape[0]):
+                file.write(row)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def write_rows(path, first, rows):
+    """Write an array (b,...) into a .npy from row `first` on, and no other byte of it."""
+    array = np.load(path, mmap_mode="r")
+    with open(path, "r+b") as file:
+        file.seek(array.offset + first * array[0].nbytes)
+        file.write(rows.tobytes())
+
+
+def write_tokens(folder, model, pictures, ranks, flip=False, workers=0):
+    """Encode every picture once, the last that is done with pictures: stage 2 reads only FOLDER's
+    tokens.npy, float16 (N,V,K,D), and tokens.pt, which says what they are. Raises UserError."""
+    about = Path(folder, "tokens.pt")
+    if ranks.main:
+        about.unlink(missing_ok=True)  # from here on there are no tokens, until all are done
+    path = Path(folder, "tokens.npy")
+    read = compute_once(
+        [path], lambda images: [model.tokenizer(images)], pictures, ranks, flip, workers
+    )
+    if ranks.main:
+        mean, std = statistics(np.load(path, mmap_mode="r"))
+        content = {
+            "kind": "tokens",
+            "names": [pictures.names[i] for i in read],
+            "labels": pictures.labels[read],                        # (N,)
+            "class_names": pictures.class_names,
+            "source": pictures.source,
+            "mean": mean,                                           # (1,K,D)
+            "std": std,
+            "tokenizer": digest(model.tokenizer),
+            "fingerprint": f"{pictures.fingerprint} {flip} {digest(model.tokenizer)}",
+        }
+        save_checkpoint(about, content)
+    ranks.barrier()
+
+
+def statistics(tokens):
+    """Mean and deviation, each (1,K,D), of mapped tokens (N,V,K,D), by chunks of D: all in float32
+    may be 8 GB."""
+    means = []
+    deviations = []
+    for i in range(0, tokens.shape[-1], 64):
+        chunk = torch.from_numpy(tokens[..., i : i + 64].astype("float32"))  # (N,V,K,64)
+        means.append(chunk.mean((0, 1)))
+        deviations.append(chunk.std((0, 1)))
+    return torch.cat(means, -1)[None], torch.cat(deviations, -1)[None] + 1e-6
+
+
+def digest(*networks):
+    """SHA-256 of all weights of networks."""
+    found = hashlib.sha256()
+    for network in networks:
+        for name, tensor in network.state_dict().items():
+            found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 # ---- Command line
@@ -330,38 +611,72 @@ whole = functools.partial(number, high=2**31, kind=int)
 ERRORS = (tok.UserError, dec.UserError, fid.UserError)
 
 
-def guarded(main):
+INTERRUPTED = 130  # the status by which a shell knows that a command was interrupted
+
+
+def guarded(main, less_memory="use a smaller --batch"):
     """Call main(). An error that a user can correct ends in one line and status 2, any other in its
-    traceback."""
-    try:
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    except (*ERRORS, torch.OutOfMemoryError, OSError) as e:
-        # A loader's worker puts its traceback before the sentence.
-        message = str(e).rsplit("UserError: ", 1)[-1]
-        if isinstance(e, torch.OutOfMemoryError):
-            first = message.split(". ")[0]
-            message = f"{first}; use a larger --accumulate, --checkpointing or a smaller --batch"
-        elif isinstance(e, OSError):
-            if e.errno not in (
-                errno.ENOSPC,
-                errno.EACCES,
-                errno.EROFS,
-                errno.ENOTDIR,
-                errno.EEXIST,
-            ):
-                raise
-            message = f"{e.filename or 'the disk'}: {e.strerror}; make room, or give another path"
-        for bar in list(getattr(tqdm, "_instances", ())):  # the sentence gets a line of its own
-            bar.close()
-        rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(
-            f"{Path(sys.argv[0]).name}: error{rank}: {' '.join(message.split())}", file=sys.stderr
-        )
-        sys.exit(2)
+    traceback. less_memory: what to do where the device's memory does not suffice."""
+    with contextlib.redirect_stdout(Output(sys.stdout)) as out:
+        with contextlib.redirect_stderr(Output(sys.stderr)):
+            try:
+                main()
+                out.flush()
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+                sys.exit(INTERRUPTED)
+            except (*ERRORS, torch.OutOfMemoryError, OSError) as e:
+                refuse(e, less_memory)
+
+
+def refuse(error, less_memory):
+    """End with the sentence of an error, or raise it where it is not the user's."""
+    # A loader's worker puts its traceback before the sentence.
+    message = str(error).rsplit("UserError: ", 1)[-1]
+    if isinstance(error, torch.OutOfMemoryError):
+        message = f"{message.split('. ')[0]}; {less_memory}"
+    elif isinstance(error, OSError):
+        known = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+        if error.errno not in known:
+            raise error
+        place = error.filename or "the disk"
+        message = f"{place}: {error.strerror}; make room, or give another path"
+    for bar in list(getattr(tqdm, "_instances", ())):  # the sentence gets a line of its own
+        bar.close()
+    rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+    sentence = fid.printable(" ".join(message.split()))
+    print(f"{Path(sys.argv[0]).name}: error{rank}: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Output:
+    """A stream that goes on when nobody reads it any more, as after `| head`: a training must not
+    end by what it prints."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with self.going_on():
+            self.stream.write(text)
+
+    def flush(self):
+        with self.going_on():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def going_on(self):
+        """A broken pipe is replaced by one that leads nowhere."""
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
 
 
 class Ranks:
@@ -410,10 +725,28 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
-    def any_process(self, found=()):
-        """Whether the list `found` is not empty in any process. All wait for each other, but not
-        for their GPUs."""
+    def any_process(self, found):
+        """Whether the list `found` is not empty in any process."""
         return bool(self.sum(torch.tensor(len(found))))
+
+    def barrier(self):
+        """Returns when all processes are here; it does not wait for their GPUs."""
+        self.sum(torch.zeros(1))
+
+    def take(self, folder):
+        """Make a folder, and keep other runs out of it until this process ends. Raises UserError
+        where another run is in it."""
+        if not self.main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(folder / ".lock", "a")
+        try:
+            if fcntl:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise UserError(
+                f"{folder}: another run writes into it; wait for its end, or give another folder"
+            ) from e
 
     def once(self, function):
         """Runs function() in the first process, returns its result in all."""
@@ -427,7 +760,7 @@ class Ranks:
         wait."""
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             tok.weight_file(name_or_path)
-        self.any_process()
+        self.barrier()
         return tok.weight_file(name_or_path)
 
     def share(self, x):
@@ -474,7 +807,7 @@ def options():
     p.add(
         "--prompts",
         None,
-        "the same from a file with a prompt a line, or .jsonl with a caption a line",
+        "the same from a file with a prompt a line",
     )
     p.add(
         "--features",
@@ -486,11 +819,17 @@ def options():
         "--reconstruct", None, "encode and decode these pictures, or those of a folder", nargs="+"
     )
     p.add("--interpolate", None, "two pictures; eight steps between their tokens", nargs=2)
+    p.add(
+        "--encode",
+        None,
+        "write the tokens of a folder's pictures to --save, for train_stage2.py",
+    )
     p.add("--export", None, "write the checkpoint to this file without what only training needs")
     p.section = p.add_argument_group("sampling")
     p.add("--out", "samples.png", "the picture to write")
     p.add("--per-class", 8, "pictures of each class or prompt", type=whole(1))
-    p.add("--steps", 50, "Euler steps of Mixer and decoder", type=whole(1))
+    p.add("--steps", 50, "Euler steps of the Mixer", type=whole(1))
+    p.add("--decoder-steps", 20, "Euler steps of the decoder", type=whole(1))
     p.add("--cfg", 1.5, "guidance scale; 1 is none", type=number(0))
     p.add(
         "--cfg-interval",
@@ -504,7 +843,7 @@ def options():
     p.add(
         "--save",
         None,
-        "folder for one file per picture, not --out: generated/, or real/ and reconstructed/",
+        "folder for a file per picture, in generated/, or real/ and reconstructed/; or for tokens",
     )
     p.add(
         "--num",
@@ -513,6 +852,7 @@ def options():
         type=whole(1),
     )
     p.add("--batch", 50, "pictures at once for --save", type=whole(1))
+    p.add("--flip", False, "with --encode, the mirrored pictures too", action="store_true")
     p.add(
         "--clip", None, "CLIP file, to print the CLIP score of --save's pictures and their prompts"
     )
@@ -540,6 +880,10 @@ def options():
         )
     if args.num and (args.reconstruct or not args.save):
         raise UserError("--num is for pictures that are generated with --save; leave it out")
+    if bool(args.encode) and not args.save:
+        raise UserError("--encode writes tokens.npy and tokens.pt into --save FOLDER: give it too")
+    if args.flip and not args.encode:
+        raise UserError("--flip is for --encode; leave it out")
     if args.save and (args.interpolate or args.export):
         raise UserError("--save does not go together with --interpolate or --export; leave it out")
     if args.cfg_interval[0] > args.cfg_interval[1]:
@@ -548,6 +892,8 @@ def options():
         path = getattr(args, name)
         if path and (not Path(path).parent.is_dir() or Path(path).is_dir()):
             raise UserError(f"--{name} {path}: give a file name in an existing folder")
+    if not args.out.lower().endswith(".png"):
+        raise UserError(f"--out {args.out}: a PNG is written; give a name that ends in .png")
     return args
 
 
@@ -557,37 +903,52 @@ def main():
     ranks = Ranks(args.device, args.dtype)
     model = RepTok.load(args.ckpt, ranks.device)
     if args.export:
-        save_checkpoint(Path(args.export), {**model.content(), "data": None})
-        return print(
-            f"{args.export}: for sampling, {Path(args.export).stat().st_size / 1e6:.0f} MB"
-        )
-    action = draw if not args.save else save_reconstructed if args.reconstruct else save_generated
-    with ranks.autocast():
-        action(model, args, ranks)
+        save_checkpoint(Path(args.export), model.content())
+        size = Path(args.export).stat().st_size / 1e6
+        print(f"{args.export}: for sampling, {size:.0f} MB")
+    elif args.encode:
+        pictures = Pictures(args.encode, model.pixels, ranks)
+        ranks.take(Path(args.save))
+        write_tokens(args.save, model, pictures, ranks, args.flip)
+        if ranks.main:
+            print(f"{args.save}: tokens of {len(pictures)} pictures, for train_stage2.py --tokens")
+    else:
+        with ranks.autocast():
+            if args.save and args.reconstruct:
+                save_reconstructed(model, args, ranks)
+            elif args.save:
+                save_generated(model, args, ranks)
+            else:
+                draw(model, args)
 
 
-def draw(model, args, _):
+def draw(model, args):
     """The picture of --interpolate, --reconstruct or, without them, of what is generated. Raises
     UserError."""
+    names = ""
     if args.interpolate:
-        images = to_float(read_pictures(places_of(args.interpolate), model.pixels))  # (2,3,S,S)
+        places = [place for source in args.interpolate for place in places_of([source])[:1]]
+        images = to_float(read_pictures(places, model.pixels))      # (2,3,S,S)
         z = model.encode(images)                                    # (2,K,D)
         s = torch.linspace(0, 1, 8, device=model.device)[:, None, None]
         noise = model.noise([args.seed]).expand(8, -1, -1, -1)
-        between = model.decode((1 - s) * z[:1] + s * z[1:], args.steps, noise).cpu()  # (8,3,S,S)
+        tokens = (1 - s) * z[:1] + s * z[1:]                        # (8,K,D)
+        between = model.decode(tokens, args.decoder_steps, noise).cpu()  # (8,3,S,S)
         rows = [torch.cat([images[:1], between, images[1:]])]
     elif args.reconstruct:
-        images = to_float(
-            read_pictures(places_of(args.reconstruct)[:16], model.pixels)
-        )  # (B,3,S,S)
+        places = places_of(args.reconstruct)[:16]
+        images = to_float(read_pictures(places, model.pixels))      # (B,3,S,S)
         noise = model.noise(range(args.seed, args.seed + len(images)))
-        rows = [images, model.decode(model.encode(images), args.steps, noise)]
+        rows = [images, model.decode(model.encode(images), args.decoder_steps, noise)]
     else:
-        wanted = [one for one in requests(model, args) for _ in range(args.per_class)]
+        asked = requests(model, args)
+        if model.class_names and isinstance(asked[0], int):
+            names = f"; from the top: {', '.join(model.class_names[i] for i in asked)}"
+        wanted = [one for one in asked for _ in range(args.per_class)]
         images = generate_images(model, wanted, range(args.seed, args.seed + len(wanted)), args)
         rows = images.split(args.per_class)
     save_grid(args.out, rows)
-    print(f"{args.out}: {len(rows)} x {len(rows[0])} pictures")
+    print(f"{args.out}: {len(rows)} x {len(rows[0])} pictures{names}")
 
 
 def places_of(sources):
@@ -595,9 +956,12 @@ def places_of(sources):
     UserError."""
     places = []
     for source in sources:
-        many = Path(source).is_dir() or source.endswith(".tar")
-        found = fid.files(source).items() if many else [(fid.SUFFIXES[0], (source,))]
-        places += [place for name, place in found if name.lower().endswith(fid.SUFFIXES)]
+        if Path(source).is_dir() or source.lower().endswith(".tar"):
+            for name, place in fid.files(source).items():
+                if name.lower().endswith(fid.SUFFIXES):
+                    places.append(place)
+        else:
+            places.append((source,))
     if not places:
         raise UserError(
             f"{' '.join(sources)}: no pictures in it; expected {', '.join(fid.SUFFIXES)} files"
@@ -634,27 +998,22 @@ def requests(model, args):
         return rows
     prompts = args.prompt or []
     if args.prompts:
-        with fid.naming(
-            f"--prompts {args.prompts}: cannot be read; expected a prompt a line, or "
-            ".jsonl with captions"
-        ):
-            prompts = [
-                line
-                for line in Path(args.prompts).read_text(encoding="utf-8").split("\n")
-                if line.strip()
-            ]
-            if args.prompts.endswith(".jsonl"):
-                captions = [json.loads(line)["caption"] for line in prompts]
-                prompts = [
-                    caption if isinstance(caption, str) else caption[0] for caption in captions
-                ]
+        with fid.naming(f"--prompts {args.prompts}: cannot be read; expected a prompt a line"):
+            # utf-8-sig passes over the mark with which some editors begin a file.
+            lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
+        prompts = [line for line in lines if line.strip()]
     if not prompts and not model.mixer.cross:
         return class_numbers(model, args.classes, most=None if args.save else 10)
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("this checkpoint takes text: give --prompt with some words in it")
-    for prompt in prompts:
-        if model.text is not None and len(model.text.split(prompt)) > model.text.context:
+    for prompt in prompts if model.text else []:
+        words = model.text.split(prompt)
+        if len(words) > model.text.context:
             print(f"--prompt {prompt[:60]!r}... is too long and was cut")
+        if isinstance(model.text, WordEncoder):
+            unknown = [word for word in words if word not in model.text.number]
+            if unknown:
+                print(f"--prompt {prompt[:60]!r}: not in the captions of training: {unknown}")
     return prompts
 
 
@@ -664,14 +1023,16 @@ def class_numbers(model, wanted, most):
     count = model.mixer.num_classes
     if wanted is None:
         return list(range(count))[:most] or [0]  # a checkpoint without classes gives one row
-    number = {
-        name: i for i, name in [*enumerate(map(str, range(count))), *enumerate(model.classes)]
-    }
+    names = model.class_names
+    number = {name: i for i, name in enumerate(names)}
+    # Where a name is a number, as in folders 1 2 10, numbers are names and nothing else.
+    if not any(name.isdecimal() for name in names):
+        number |= {str(i): i for i in range(count)}
     for name in wanted:
         if name not in number:
             raise UserError(
-                f"--classes {name}: no such class; use 0 to {count - 1} or "
-                f"{' '.join(model.classes[:10])}"
+                f"--classes {name}: no such class; use {', '.join([*number][:10])}"
+                f"{', ...' if len(number) > 10 else ''}"
             )
     return [number[name] for name in wanted]
 
@@ -680,27 +1041,31 @@ def generate_images(model, wanted, seeds, args):
     """Class numbers, prompts or features, one a picture -> images (B,3,S,S) in [-1,1], each from
     its own seed."""
     if isinstance(wanted[0], int):
-        condition = {"classes": torch.tensor(wanted)}
+        condition = {"labels": torch.tensor(wanted)}
+    elif isinstance(wanted[0], str):
+        text, mask = model.prompts(wanted)
+        condition = {"text": text, "mask": mask}
     else:
-        padded = (nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*wanted))
-        condition = dict(
-            zip(("text", "mask"), model.prompts(wanted) if isinstance(wanted[0], str) else padded)
-        )
+        features, masks = zip(*wanted)
+        text = nn.utils.rnn.pad_sequence(features, batch_first=True)  # (B,L,C)
+        mask = nn.utils.rnn.pad_sequence(masks, batch_first=True)     # (B,L)
+        condition = {"text": text, "mask": mask}
     noise = model.noise(seeds, mixer=True)
     z = model.generate(
         steps=args.steps, cfg=args.cfg, cfg_interval=args.cfg_interval, noise=noise, **condition
     )
-    return model.decode(z, args.steps, model.noise(seeds))
+    return model.decode(z, args.decoder_steps, model.noise(seeds))
 
 
 # ---- --save: one file a picture, for fid.py. Under torchrun each process writes its share
 def my_share(count, ranks, args):
     """Yields this process's numbers below `count`, --batch of them at a time."""
     mine = range(ranks.rank, count, ranks.world)
-    for i in tqdm(
-        range(0, len(mine), args.batch), "pictures", unit_scale=args.batch, disable=not ranks.main
-    ):
-        yield mine[i : i + args.batch]
+    with tqdm(desc="pictures", total=len(mine), disable=not ranks.main, dynamic_ncols=True) as bar:
+        for i in range(0, len(mine), args.batch):
+            numbers = mine[i : i + args.batch]
+            yield numbers
+            bar.update(len(numbers))
 
 
 def save_files(folder, numbers, images):
@@ -718,10 +1083,10 @@ def save_reconstructed(model, args, ranks):
     for numbers in my_share(len(places), ranks, args):
         real = read_pictures([places[i] for i in numbers], model.pixels)  # (B,3,S,S)
         noise = model.noise([args.seed + i for i in numbers])
-        images = model.decode(model.encode(to_float(real)), args.steps, noise)
+        images = model.decode(model.encode(to_float(real)), args.decoder_steps, noise)
         save_files(Path(args.save, "real"), numbers, real)
         save_files(Path(args.save, "reconstructed"), numbers, fid.to_uint8(images))
-    ranks.any_process()  # none leaves before the others are done
+    ranks.barrier()  # none leaves before the others are done
 
 
 def save_generated(model, args, ranks):
@@ -974,4 +1339,4 @@ def settings(node, place=""):
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, "use a smaller --batch, --per-class or --dtype bfloat16")

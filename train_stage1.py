@@ -6,19 +6,19 @@
     torchrun --nproc-per-node 8 train_stage1.py --data imagenet/train --size XL ...  # see README
 
 Writes OUT/stage1.pt (complete in itself), OUT/stage1.jsonl (one line per logged step),
-OUT/stage1.png (pictures; what is drawn from the untuned token z0; what is drawn from z) and, if it
-trains a small encoder first, OUT/encoder.pt. The same command resumes a stopped run.
+OUT/stage1.png (pictures; what is drawn from the untuned token z0; what is drawn from z), at its end
+OUT/tokens.npy and OUT/tokens.pt (the token of every picture, which stage 2 reads) and, if it trains
+a small encoder first, OUT/encoder.pt. The same command resumes a stopped run.
 
 The method is the loop in `main`. Below it: the parts of stage 1, then the code that both trainers
 share. Letters: B pictures per step, b per micro-batch, K tokens per picture, D token width, S side
-of a picture, (C,h,w) a latent."""
+of a picture, (C,h,w) a latent, V views of a picture (2 with --flip)."""
 
 import argparse
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import math
 import re
@@ -38,62 +38,61 @@ import decoder as dec
 import fid
 import sample
 import tokenizer as tok
-from sample import Ranks, RepTok, load_checkpoint, number, save_checkpoint, to_float, whole
+from sample import Pictures, Ranks, RepTok, load_checkpoint, number, save_checkpoint, whole
 from tokenizer import Tokenizer, UserError, ViT, cosine_loss
 
 # The networks of each size. All but nano work on 256 pixels, in SD-VAE latents, with a
-# published encoder.
+# published encoder. A Mixer must be as wide as a token, 768 numbers with these encoders.
 SIZES = {
     "nano": {
         "decoder": dict(width=128, depth=4, heads=4, patch=4, mapping=128, learned_positions=True),
         "mixer": dict(hidden=192, depth=3),
     },
-    "S": {"decoder": dict(width=384, depth=12, heads=6), "mixer": dict(hidden=384, depth=12)},
+    "S": {"decoder": dict(width=384, depth=12, heads=6), "mixer": dict(hidden=768, depth=12)},
     "B": {"decoder": dict(width=768, depth=12, heads=12), "mixer": dict(hidden=768, depth=16)},
     "L": {"decoder": dict(width=1024, depth=24, heads=16), "mixer": dict(hidden=1024, depth=24)},
     "XL": {"decoder": dict(width=1152, depth=28, heads=16), "mixer": dict(hidden=1280, depth=28)},
 }
-# Steps and batch are the paper's; what it leaves open is ours.
-PAPER = dict(
-    pixels=256,
-    steps=10**6,
-    batch=512,
-    lr=1e-4,
-    warmup=2000,
-    decay=False,
-    ema=0.9999,
-    t_mean=0,
-    cache=False,
-    token_lr=1.0,
-    predict="velocity",
-    save_every=10_000,
-)
-# Nano is not in the paper: one setting for the drawn shapes and for own pictures, minutes long.
-NANO = dict(
-    pixels=16,
-    steps=1600,
-    batch=64,
-    lr=3e-3,  # 30 times the usual one: the network is small and the run is short
-    muon_lr=0.02,  # Muon for the decoder's matrices: AdamW alone needs far more steps
-    # The embedding's rate is 10 times lr: AdamW moves each of its 128 numbers by about that a step.
-    token_lr=10.0,
-    warmup=50,
-    decay=True,  # flat to half of the run, then a line to 0
-    ema=0.99,
-    # The decoder works on pixels, not on a VAE's latents; v follows, and the loss is Eq. 1 (JiT).
-    predict="data",
-    # Near noise the decoder has only the token to draw from, and learns to read it.
-    t_mean=-2,
-    cache=True,
-    save_every=500,
-)
+
+# The settings of a run, printed at its start; options of the same names replace them. Nano is not
+# in the paper: one setting for the drawn shapes and for own pictures, minutes long on two cores.
+SETTINGS = {  # name: (sizes S to XL, nano)
+    "pixels": (256, 16),
+    # Steps and batch are the paper's.
+    "steps": (1_000_000, 1600),
+    "batch": (512, 64),
+    # Nano is small and its run is short: 30 times the usual learning rate.
+    "lr": (1e-4, 3e-3),
+    # Muon for the matrices of nano's decoder: AdamW alone needs far more steps.
+    "muon_lr": (0.0, 0.02),
+    # The embedding's rate, in lr. AdamW moves each of its numbers by about that a step.
+    "token_lr": (1.0, 10.0),
+    "warmup": (2000, 50),
+    # Constant, or flat to half of the run and then a line to 0.
+    "decay": (False, True),
+    "ema": (0.9999, 0.99),
+    # Nano's decoder works on pixels, not on a VAE's latents. It predicts them; v follows, and the
+    # loss is Eq. 1 (JiT).
+    "predict": ("velocity", "data"),
+    # t = sigmoid(N(t_mean, 1)). Near noise the decoder has only the token to draw from, and learns
+    # to read it.
+    "t_mean": (0.0, -2.0),
+    # Lambda of Eq. 3, as in the paper's ablations.
+    "lam": (0.1, 0.1),
+    "cache": (False, True),
+    "save_every": (10_000, 500),
+}
+CLIP_GRAD = 1.0  # the largest norm of a step's gradient, in both stages
+
 # Nano's own encoder, where no --encoder is given.
 ENCODER = dict(
     batch=64,  # each of them in two views
     lr=1e-3,
     muon_lr=0.01,
     warmup=50,
-    drawing=10.0,  # weight of the register's squared error, which is small beside the contrast
+    # Weight of the register's squared error, which is small beside the contrast. With 50 the class
+    # token keeps more of colour and place, and tuning brings less.
+    drawing=10.0,
 )
 
 
@@ -101,56 +100,64 @@ def main():
     """Stage 1 from the command line: check, build or restore, then the loop. Raises UserError."""
     args = options()
     initial = RepTok.load(args.init) if args.init else None
-    fill_defaults(args, PAPER, NANO, initial)
     if initial:
+        args.pixels = initial.pixels
         args.predict = initial.decoder.config["predict"]
-    if args.write_data:
-        return write_data(args.write_data, args.num, args.seed, args.pixels)
+    complete(args, SETTINGS, initial)
 
     # The processes of torchrun, or this one alone.
     ranks = Ranks(args.device, args.dtype, args.batch, args.accumulate)
     device = ranks.device
-    out = Path(args.out, "stage1.pt")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = Pictures(args.data, args.pixels, args.seed, ranks=ranks)
+    args.dtype = ranks.dtype
+    folder = Path(args.out)
+    out = folder / "stage1.pt"
+    ranks.take(folder)
+    if args.data:
+        pictures = Pictures(args.data, args.pixels, ranks)
+    else:
+        pictures = Shapes(args.pixels, args.seed)
+    workers = 4 if device.type == "cuda" and not pictures.small else 0
+    workers = workers if args.workers is None else args.workers
 
     # Go on with a stopped run, or from --init, or begin with a new decoder.
-    # A finished run ends here.
-    saved = checkpoint_to_resume(out, args, pictures.fingerprint)
+    saved = checkpoint_to_resume(out, args, pictures.fingerprint, ranks)
+    if saved and saved["step"] >= args.steps:
+        if not (folder / "tokens.pt").exists():
+            model = RepTok.from_checkpoint(saved, out).to(device)
+            sample.write_tokens(folder, model, pictures, ranks, args.flip, workers)
+        return say_finished(out, saved["step"])
     if saved:
         model = RepTok.from_checkpoint(saved, out, averaged=False)
     elif initial:
         model = RepTok(initial.tokenizer, initial.decoder, initial.vae)
     else:
         model = build(args, pictures, ranks)
-    model.classes = pictures.classes
-    model.data = (pictures.source, pictures.fingerprint)
+    model.class_names = pictures.class_names
     model.to(device)
     model.tokenizer.vit.checkpointing = args.checkpointing
     model.decoder.checkpointing = args.checkpointing
 
     # What is trained: of the tokenizer the class-token embedding, and the decoder.
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = new_optimizer(trained, args.lr, args.muon_lr, args.token_lr)
+    optimizers = new_optimizers(trained, args.lr, args.muon_lr, args.token_lr)
     ema = EMA(trained, args.ema)
-    first = restore(saved, optimizer, ema) if saved else 0
+    first = restore(saved, optimizers, ema) if saved else 0
 
     # The same two networks, whose gradients are averaged over all processes.
     tokenizer = ranks.wrap(model.tokenizer, args.compile)
     decoder = ranks.wrap(model.decoder, args.compile)
 
-    # What frozen networks give for a picture; with --cache it is computed once and read from a
-    # file.
-    frozen = frozen_networks(args, model.tokenizer, model.vae, pictures, ranks)
+    # With --cache, what frozen networks give for a picture is computed once and read from files.
+    data = cached(pictures, model, args, ranks, workers) if args.cache else pictures
     order = picture_order(len(pictures), args, ranks, first)
-    batches = load_batches(pictures, order, device, args.workers)
+    batches = sample.load_batches(data, order, device, workers)
     side = model.decoder.config["size"]
     shape = (args.batch, model.decoder.config["channels"], side, side)
-    log = Log(out, args, ranks, first, pictures, trained)
+    log = Log(out, args, SETTINGS, ranks, first, pictures.names, pictures.class_names, trained)
     signals = catch_signals()  # a list, filled by Ctrl-C and SIGTERM
 
-    # x: the pictures of this process, (B,3,S,S).
-    for step, (x, _, indices) in enumerate(batches, first):
+    # x: the pictures of this process, (B,3,S,S). kept: with --cache three tensors (B,V,...).
+    for step, (x, _, kept) in enumerate(batches, first):
         # Every process draws for the whole batch and takes its share, so that the numbers depend
         # neither on the number of processes nor on accumulation.
         random = generator(args.seed, step, device, stream=0)
@@ -174,8 +181,11 @@ def main():
                 decoder.require_backward_grad_sync = n + 1 == args.accumulate
 
             with ranks.autocast():
-                # The VAE's posterior and the token of the untuned encoder.
-                mean, logvar, z0 = frozen(x[part], indices[part], mirror[part])
+                # What is frozen: the VAE, which gives the latents, and the untuned encoder's z0.
+                if args.cache:
+                    mean, logvar, z0 = [view(u[part], mirror[part]) for u in kept]
+                else:
+                    mean, logvar, z0 = frozen(model, x[part])
                 latents = model.vae.sample(mean, logvar, vae_noise[part])  # (b,C,h,w)
 
                 z = tokenizer(x[part])                              # (b,K,D)
@@ -191,10 +201,13 @@ def main():
             (loss / args.accumulate).backward()
             means += torch.stack([loss, flow.mean(), cosine.mean()]).detach() / args.accumulate
 
-        norm = nn.utils.clip_grad_norm_(trained.values(), args.clip_grad or math.inf)
-        rate = set_learning_rate(optimizer, step, args)
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = nn.utils.clip_grad_norm_(trained.values(), CLIP_GRAD)
+        factor = rate_factor(step, args)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["rate"]
+            optimizer.step()
+            optimizer.zero_grad()
         ema.update(step)
 
         end = step + 1 == args.steps or ranks.any_process(signals)
@@ -202,10 +215,11 @@ def main():
         log.bar.update()
         if save or (step + 1) % args.log_every == 0:
             loss, flow, cosine = ranks.sum(means / ranks.world).tolist()
+            rate = factor * args.lr
             # Raises UserError if the loss is not finite.
             log.write(step + 1, loss=loss, flow=flow, cosine=cosine, norm=norm.item(), lr=rate)
-        if save and ranks.main and log.due(end):
-            save_run(out, step + 1, args, model, pictures.fingerprint, optimizer, ema)
+        if save and ranks.main:
+            save_run(out, step + 1, args, model, pictures.fingerprint, optimizers, ema)
         if ranks.main and (end or picture_due(step + 1, args.steps)):
             with ema.applied(), torch.no_grad(), ranks.autocast():
                 shown = held_out(pictures, args, 100 if end else 10)  # (n,3,S,S)
@@ -217,54 +231,74 @@ def main():
         if end:
             break
 
-    log.close(out, step + 1, f"next: python train_stage2.py --out {args.out}")
+    log.close()  # raises SystemExit where a signal has ended the run
+    # The pictures' last use: each becomes a token.
+    with ema.applied():
+        sample.write_tokens(folder, model, pictures, ranks, args.flip, workers)
     if ranks.main:
+        print(f"{out}, {folder / 'tokens.npy'}; next: python train_stage2.py --out {args.out}")
         print(lesson(model.tokenizer, pictures, shown, from_z0, from_z, z0, z))
 
 
 # ---- Below: what stage 1 is built from, and its command line
+@torch.no_grad()
+def frozen(model, x):
+    """What frozen networks give for images (b,3,S,S): mean and log-variance of the latents, each
+    (b,C,h,w), and z0 (b,K,D), the token of the untuned encoder."""
+    mean, logvar = model.vae.posterior(x)
+    return mean.float(), logvar.float(), model.tokenizer.z0(x).float()
+
+
+def cached(pictures, model, args, ranks, workers):
+    """The same pictures with what `frozen` gives for them, made where no earlier run has left it in
+    OUT, float16: pictures[i] -> image, number, mean (V,C,h,w), logvar (V,C,h,w), z0 (V,K,D)."""
+    networks = (model.tokenizer.original or model.tokenizer.vit, model.vae)
+    what = f"{pictures.fingerprint} {args.flip} {args.dtype} {model.tokenizer.positions}"
+    mark = hashlib.sha256(f"{what} {sample.digest(*networks)}".encode()).hexdigest()[:12]
+    names = ("mean", "logvar", "z0")
+    paths = [Path(args.out, f"cache-{mark}-{name}.npy") for name in names]
+    if args.fresh or not all(path.exists() for path in paths):
+        ranks.barrier()  # all have looked
+        sample.compute_once(
+            paths, lambda x: frozen(model, x), pictures, ranks, args.flip, workers
+        )
+    return Cached(pictures, [np.load(path, mmap_mode="r") for path in paths])
+
+
+class Cached(torch.utils.data.Dataset):
+    """Pictures with the rows of mapped arrays (N,V,...): [i] -> image, number, tensors (V,...)."""
+
+    def __init__(self, pictures, arrays):
+        self.pictures = pictures
+        self.arrays = arrays
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        x, number = self.pictures[i]
+        return x, number, *(torch.from_numpy(array[number].copy()) for array in self.arrays)
+
+
+def view(u, mirror):
+    """Of each row of u (b,V,...) the view that is mirrored or not, (b,...) float32."""
+    rows = torch.arange(len(u), device=u.device)
+    return u[rows, mirror.long()].float()
+
+
 def lesson(tokenizer, pictures, shown, from_z0, from_z, z0, z):
     """The last line of a run: what tuning the token has brought, on images (n,3,S,S) and tokens
     (n,K,D)."""
     which = "training pictures" if pictures.source else "held-out shapes"
-    psnr, psnr0 = (
-        fid.psnr(fid.to_uint8(shown.cpu()), fid.to_uint8(x.cpu())).mean() for x in (from_z, from_z0)
-    )
+    real = fid.to_uint8(shown.cpu())
+    psnr = fid.psnr(real, fid.to_uint8(from_z.cpu())).mean()
+    psnr0 = fid.psnr(real, fid.to_uint8(from_z0.cpu())).mean()
     cosine = 1 - cosine_loss(z, z0).mean()
     trained = sum(p.numel() for p in tokenizer.parameters() if p.requires_grad)
     total = sum(p.numel() for p in tokenizer.vit.parameters())
     line = f"{which}: PSNR {psnr:.2f} dB from z, {psnr0:.2f} dB from z0; cos(z, z0) {cosine:.3f}; "
     line += f"{trained:,} of {total:,} encoder numbers trained"
     return line + ("; to compare: the same with --unfreeze none --out frozen" if trained else "")
-
-
-def frozen_networks(args, tokenizer, vae, pictures, ranks):
-    """Returns a function: images (b,3,S,S), their indices (b,), mirrored or not (b,) -> the frozen
-    networks' outputs, mean and log-variance of the latents (b,C,h,w), z0 (b,K,D); with --cache,
-    from a file."""
-
-    @torch.no_grad()
-    def compute(x, *_):
-        return [u.float() for u in (*vae.posterior(x), tokenizer.z0(x))]
-
-    if not args.cache:
-        return compute
-    latent = (vae.channels, args.pixels // vae.factor, args.pixels // vae.factor)
-    fields = [("mean", latent), ("logvar", latent), ("z0", (tokenizer.K, tokenizer.width))]
-    digest = fingerprint(
-        args, pictures, tokenizer.positions, tokenizer.original or tokenizer.vit, vae
-    )
-    rows = precompute("cache", digest, fields, pictures, ranks, args, compute)
-
-    def read(x, indices, mirror):
-        found = rows[indices.numpy()]
-        views = [
-            torch.from_numpy(found[name].copy()).to(ranks.device).float() for name, _ in fields
-        ]  # each (b,V,...)
-        # There are V = 2 views of a picture with --flip, otherwise one.
-        return [u[torch.arange(len(u), device=u.device), mirror.long()] for u in views]
-
-    return read
 
 
 def build(args, pictures, ranks):
@@ -282,7 +316,7 @@ def build(args, pictures, ranks):
     path = args.encoder or pretrained(args, pictures, ranks)
     vit = new_vit(args) if path == "random" else tok.load_encoder(ranks.fetch(path))
     torch.manual_seed(args.seed)
-    tokenizer = Tokenizer(vit, args.token, args.reg_index, args.unfreeze)
+    tokenizer = Tokenizer(vit, args.token, 0, args.unfreeze)
     decoder = dec.Decoder(
         **shape,
         token_dim=tokenizer.width,
@@ -328,7 +362,7 @@ def pretrained(args, pictures, ranks):
         save_checkpoint(
             path, {"kind": "encoder", "settings": settings, "config": vit.config, "state": state}
         )
-    ranks.any_process()  # the others wait for the file
+    ranks.barrier()  # the others wait for the file
     return path
 
 
@@ -339,7 +373,7 @@ def train_encoder(args, pictures, device, preview):
     width = vit.pos_embed.shape[-1]
     draw = nn.Linear(width, 3 * args.pixels**2).to(device)  # register -> the pixels of its view
     trained = {**dict(vit.named_parameters()), **dict(draw.named_parameters())}
-    optimizer = new_optimizer(trained, ENCODER["lr"], ENCODER["muon_lr"])
+    optimizers = new_optimizers(trained, ENCODER["lr"], ENCODER["muon_lr"])
     shown = held_out(pictures, args, 10).to(device)                 # (10,3,S,S)
     batch = min(ENCODER["batch"], len(pictures))
     random = torch.Generator(device).manual_seed(args.seed)
@@ -350,7 +384,7 @@ def train_encoder(args, pictures, device, preview):
             order = torch.randperm(len(pictures), generator=shuffle).tolist()
         chosen = order[:batch]
         order = order[batch:]
-        x = to_float(torch.stack([pictures[i][0] for i in chosen])).to(device)  # (B,3,S,S)
+        x = sample.to_float(torch.stack([pictures[i][0] for i in chosen])).to(device)  # (B,3,S,S)
         views = torch.cat([tok.augment(x, random), tok.augment(x, random)])  # (2B,3,S,S)
         tokens = vit(views)                                         # (2B,2+N,D)
         cls = tokens[:, 0]                                          # (2B,D)
@@ -359,10 +393,12 @@ def train_encoder(args, pictures, device, preview):
         drawing = F.mse_loss(draw(register), views.flatten(1))
         loss = contrast + ENCODER["drawing"] * drawing
         loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * short_run(step, args.pretrain_steps, ENCODER["warmup"])
-        optimizer.step()
-        optimizer.zero_grad()
+        factor = short_run(step, args.pretrain_steps, ENCODER["warmup"])
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["rate"]
+            optimizer.step()
+            optimizer.zero_grad()
         if picture_due(step + 1, args.pretrain_steps):
             with torch.no_grad():
                 drawn = draw(vit(shown)[:, 1]).view_as(shown)       # (10,3,S,S)
@@ -389,24 +425,20 @@ def held_out(pictures, args, count):
         count = min(count, len(pictures))
         # The order lets the first ten, too, spread over all pictures.
         order = sorted(range(count), key=lambda i: i % max(1, count // 10))
-        return to_float(torch.stack([pictures[i * len(pictures) // count][0] for i in order]))
+        numbers = [i * len(pictures) // count for i in order]
+        return sample.to_float(torch.stack([pictures[i][0] for i in numbers]))
     shapes = [draw_shape(plan_shape(i, args.seed + 1), args.pixels) for i in range(count)]
-    return to_float(torch.from_numpy(np.stack(shapes)).permute(0, 3, 1, 2))
-
-
-def write_data(folder, count, seed, pixels):
-    """The default pictures as FOLDER/shape/number.png."""
-    for i in tqdm(range(count), desc="pictures", dynamic_ncols=True):
-        plan = plan_shape(i, seed)
-        path = Path(folder, plan.shape, f"{i:06d}.png")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw_shape(plan, pixels)).save(path)
+    return sample.to_float(torch.from_numpy(np.stack(shapes)).permute(0, 3, 1, 2))
 
 
 def options():
     """The command line of stage 1."""
     p = sample.Parser(__doc__)
-    common_options(p)
+    common_options(p, SETTINGS)
+    setting = functools.partial(add_setting, p, SETTINGS)
+    p.section = p.sections["data"]
+    p.add("--data", None, "folder (sub-folders are classes), .tar or .tar shards; default: shapes")
+    p.add("--flip", False, "mirror half of the pictures, at random", action="store_true")
     p.section = p.sections["model"]
     p.add(
         "--encoder",
@@ -415,41 +447,23 @@ def options():
     )
     p.add("--vae", None, "SD VAE file; default: nano works on pixels")
     p.add("--init", None, "checkpoint (ours or the authors') to fine-tune from")
-    p.add("--pixels", None, "side of the pictures (default: 16 for nano, else 256)", type=whole(1))
+    setting("--pixels", "side of the pictures", type=whole(1))
     p.add("--unfreeze", "token", "what of the encoder is trained", choices=["token", "all", "none"])
     p.add(
         "--token",
         "cls",
-        "read class token, one register, or all (K = 1 + registers)",
+        "read class token, first register, or all (K = 1 + registers)",
         choices=["cls", "reg", "all"],
     )
     p.section = p.sections["optimisation"]
-    p.add("--lam", 0.1, "lambda, the weight of the cosine term (Eq. 3)", type=number(0))
-    p.add(
-        "--token-lr",
-        None,
-        "learning rate of the token embedding, in --lr (nano: 10; else 1)",
-        type=number(0),
-    )
-    p.add(
-        "--predict",
-        None,
-        "the decoder's output (nano: data; else velocity)",
-        choices=["velocity", "data"],
-    )
-    p.add(
-        "--t-mean",
-        None,
-        "t = sigmoid(N(this,1)); negative values favour noise",
-        type=number(-10, 10),
-    )
+    setting("--lam", "lambda, the weight of the cosine term, Eq. 3", type=number(0))
+    setting("--token-lr", "learning rate of the token embedding, in --lr", type=number(0))
+    setting("--muon-lr", "Muon's learning rate; 0 is AdamW alone", type=number(0))
+    setting("--predict", "the decoder's output", choices=["velocity", "data"])
+    setting("--t-mean", "t = sigmoid(N(this,1)); less than 0 favours noise", type=number(-10, 10))
     p.section = p.sections["rarely needed"]
-    p.add(
-        "--cache",
-        None,
-        "file cache of frozen networks' outputs (nano: on)",
-        action=argparse.BooleanOptionalAction,
-    )
+    action = argparse.BooleanOptionalAction
+    setting("--cache", "keep frozen networks' outputs in files", action=action)
     p.add(
         "--checkpointing",
         False,
@@ -457,48 +471,43 @@ def options():
         action="store_true",
     )
     p.add("--pretrain-steps", 800, "steps of nano's own encoder, 64 pictures each", type=whole(1))
-    p.add("--reg-index", 0, "which register --token reg reads", type=whole(0))
-    p.add("--write-data", None, "write --num pictures of the default data to this folder, and exit")
-    p.add("--num", 2000, "how many pictures --write-data writes", type=whole(1))
     args = p.parse_args()
-    own = not args.encoder and args.size in (None, "nano")
-    for condition, why, names in (
-        (
-            args.init,
-            "--init takes its networks from the checkpoint",
-            "encoder vae pixels unfreeze token reg_index pretrain_steps predict",
-        ),
-        (args.encoder == "random", "--encoder random trains all, lambda 0", "unfreeze lam"),
-        (not own, "this run trains no encoder of its own", "pretrain_steps"),
-    ):
-        for name in names.split():
-            if condition and getattr(args, name) != p.get_default(name):
+
+    def refuse(why, *names):
+        """Raises UserError where one of these options was given."""
+        for name in names:
+            if getattr(args, name) != p.get_default(name):
                 raise UserError(f"--{name.replace('_', '-')}: {why}; leave the option out")
+
+    if args.init:
+        refuse("--init takes its networks from the checkpoint", "encoder", "vae", "pixels")
+        refuse("--init takes its networks from the checkpoint", "unfreeze", "token", "predict")
+    if args.init or args.encoder or args.size not in (None, "nano"):
+        refuse("this run trains no encoder of its own", "pretrain_steps")
     if args.encoder == "random":
+        refuse("--encoder random trains all, lambda 0", "unfreeze", "lam")
         args.unfreeze = "all"
         args.lam = 0.0
     return args
 
 
-# ---- Below: shared by both trainers. First optimizer, averages, log, checkpoints
-class Muon(torch.optim.AdamW):
-    """AdamW, but the matrices in groups with "muon" are updated by their orthogonalised momentum
-    (Jordan 2024, https://kellerjordan.github.io/posts/muon), which has the same length in all
-    directions."""
+# ---- Below: shared by both trainers. First optimizers, averages, log, checkpoints
+class Muon(torch.optim.Optimizer):
+    """For matrices: a step is their orthogonalised momentum, which has the same length in all
+    directions (Jordan 2024, https://kellerjordan.github.io/posts/muon)."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"] if group["muon"] else ():
+            for p in group["params"]:
                 state = self.state[p]
                 if not state:
-                    # AdamW expects a number of steps in each parameter's state.
-                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+                    state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 0.05)
                 update = orthogonal(p.grad.lerp(state["momentum"], 0.95))  # Nesterov
-                p.sub_(update, alpha=group["lr"] * max(1, len(p) / p[0].numel()) ** 0.5)
-                p.grad = None  # AdamW passes over it
-        super().step()
+                # A matrix with more rows than columns takes longer steps.
+                stretch = max(1, len(p) / p[0].numel()) ** 0.5
+                p.sub_(update, alpha=group["lr"] * stretch)
 
 
 def orthogonal(x, steps=5):
@@ -517,33 +526,36 @@ def orthogonal(x, steps=5):
     return q @ x
 
 
-def new_optimizer(trained, lr, muon_lr=0.0, token_lr=1.0):
-    """AdamW without weight decay for {name: parameter}; with `muon_lr`, Muon for the matrices of
-    attention and MLPs. token_lr: the rate of the tokenizer's embedding, as a multiple of lr."""
-    groups = {}
+def new_optimizers(trained, lr, muon_lr=0.0, token_lr=1.0):
+    """A list: AdamW without weight decay for {name: parameter} and, with `muon_lr`, Muon for the
+    matrices of attention and MLPs. token_lr: the rate of the tokenizer's embedding, in lr. Each
+    group keeps its learning rate, before warm-up and decay, as "rate"."""
+    muon = []
+    embedding = []
+    others = []
     for name, p in trained.items():
-        muon = (
-            muon_lr > 0
-            and p.ndim == 2
-            and bool(re.search(r"\.(attn|ff|mlp|tokens|channels)\.", name))
-        )
-        rate = lr * token_lr if name == "tokenizer.embedding" else muon_lr if muon else lr
-        groups.setdefault((muon, rate), {"params": [], "muon": muon, "lr": rate, "rate": rate})[
-            "params"
-        ].append(p)
-    return Muon(groups.values(), lr=lr, weight_decay=0.0, fused=True)
+        if muon_lr and p.ndim == 2 and re.search(r"\.(attn|ff|mlp|tokens|channels)\.", name):
+            muon.append(p)
+        elif name == "tokenizer.embedding":
+            embedding.append(p)
+        else:
+            others.append(p)
+    groups = [
+        {"params": embedding, "rate": lr * token_lr},
+        {"params": others, "rate": lr},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizers = [torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)]
+    if muon:
+        optimizers.append(Muon([{"params": muon, "rate": muon_lr}], {"lr": muon_lr}))
+    return optimizers
 
 
-def set_learning_rate(optimizer, step, args):
-    """Linear warm-up, then constant; for nano, as in `short_run`. Returns the current value of
-    --lr."""
+def rate_factor(step, args):
+    """The share of the learning rate: linear warm-up, then constant; for nano as in `short_run`."""
     if args.decay:
-        factor = short_run(step, args.steps, args.warmup)
-    else:
-        factor = min(1.0, (step + 1) / max(1, args.warmup))
-    for group in optimizer.param_groups:
-        group["lr"] = group["rate"] * factor
-    return args.lr * factor
+        return short_run(step, args.steps, args.warmup)
+    return min(1.0, (step + 1) / max(1, args.warmup))
 
 
 class EMA:
@@ -585,22 +597,23 @@ def catch_signals():
 class Log:
     """Progress bar and OUT/NAME.jsonl, a line per logged step."""
 
-    def __init__(self, out, args, ranks, first, pictures, trained):
+    def __init__(self, out, args, settings, ranks, first, names, class_names, trained):
         self.args = args
         self.ranks = ranks
+        self.out = out
         self.first = first
+        self.step = first
         self.since = (time.perf_counter(), first)
-        self.saved = time.perf_counter()
         if ranks.main:
             print(
-                f"{out.stem}: size {args.size}, {len(pictures)} pictures at "
-                f"{args.pixels}x{args.pixels} pixels, "
-                f"{len(pictures.classes)} classes; "
+                f"{out.stem}: size {args.size}, {len(names)} pictures, {len(class_names)} classes; "
                 f"{sum(p.numel() for p in trained.values()):,} trained weights; "
                 f"{ranks.dtype} on {ranks.device}; batch {args.batch}, "
                 f"{args.batch // ranks.world // args.accumulate} per pass; steps "
                 f"{first} to {args.steps}"
             )
+            values = [f"{name.replace('_', '-')} {getattr(args, name)}" for name in settings]
+            print(f"settings: {', '.join(values)}")
             path = out.with_suffix(".jsonl")
             lines = path.read_text().splitlines() if first and path.exists() else []
             self.file = open(path, "w", buffering=1)  # a line is out as soon as it is written
@@ -621,60 +634,49 @@ class Log:
         recover from that."""
         if not math.isfinite(values["loss"] + values["norm"]):
             raise UserError(
-                f"loss not finite at step {step}; last checkpoint is good; use a "
-                "smaller --lr, new --out"
+                f"loss not finite at step {step}; the last checkpoint is good: run the same again "
+                "with a smaller --lr or --dtype float32"
             )
+        self.step = step
         then, before = self.since
         self.since = (time.perf_counter(), step)
         seconds = (self.since[0] - then) / max(1, step - before)
         rate = round(self.args.batch / seconds, 1)
-        if step >= self.first + 50 > before:
+        if self.ranks.main and step >= self.first + 50 > before:
             left = tqdm.format_interval(seconds * (self.args.steps - step))
-            self.bar.write(f"{rate} images/s: {left} left; for less time, reduce --steps or --size")
+            sample.tell(f"{rate} images/s: {left} left; for less time, reduce --steps or --size")
         self.bar.set_postfix_str(
             f"loss {values['loss']:.4f}, {1e3 * seconds:.0f} ms, {rate:.0f} images/s", False
         )
         if self.ranks.main:
             print(json.dumps({"step": step, **values, "images_per_second": rate}), file=self.file)
 
-    def due(self, end):
-        """Whether to write a checkpoint now: where --save-every is left open above nano, at most
-        one an hour."""
-        early = (
-            time.perf_counter() < self.saved + 3600
-            and self.args.hourly
-            and self.args.size != "nano"
-        )
-        self.saved = self.saved if early else time.perf_counter()
-        return end or not early
-
-    def close(self, out, step, then):
-        """The last line on the terminal, when all processes are done: what there is, and what comes
-        `then`."""
-        self.ranks.any_process()
+    def close(self):
+        """The end of the loop, in all processes. An interrupted run says how to resume it, and ends
+        here, so that `a && b` does not go on with b."""
+        self.ranks.barrier()
         self.bar.close()
-        then = (
-            then
-            if step == self.args.steps
-            else "interrupted; run the same command without --fresh to resume"
-        )
-        if self.ranks.main:
-            print(
-                f"{out}: step {step} of {self.args.steps}; pictures in "
-                f"{out.with_suffix('.png')}; {then}"
-            )
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, signal.default_int_handler)
+        if self.step < self.args.steps:
+            if self.ranks.main:
+                print(
+                    f"{self.out}: step {self.step} of {self.args.steps}; interrupted; run the same "
+                    "command without --fresh to resume"
+                )
+            sys.exit(sample.INTERRUPTED)
 
 
-def save_run(path, step, args, model, digest, optimizer, ema):
-    """A checkpoint from which the run can go on."""
+def save_run(path, step, args, model, data, optimizers, ema):
+    """A checkpoint from which the run can go on. data: the fingerprint of what it trains on."""
     save_checkpoint(
         path,
         {
             **model.content(),
             "step": step,
-            "settings": {**vars(args), "data": digest},
+            "settings": {**vars(args), "data": data},
             "ema": ema.average,
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         },
     )
 
@@ -686,22 +688,22 @@ FREE = {
     "steps",
     "log_every",
     "save_every",
-    "hourly",
     "device",
     "workers",
     "fresh",
     "accumulate",
     "compile",
     "checkpointing",
-    "write_data",
-    "num",
     "stage1",
+    "tokens",
 }
+# These change losses, and may be changed against a loss that is not finite; a line says so.
+SAID = {"lr", "dtype"}
 
 
-def checkpoint_to_resume(path, args, digest):
-    """The checkpoint that this run goes on from, or None; exits 0 where it is finished. UserError:
-    settings differ."""
+def checkpoint_to_resume(path, args, data, ranks):
+    """The checkpoint that this run goes on from, or None. data: the fingerprint of what it trains
+    on. Raises UserError where settings differ."""
     if args.fresh or not path.exists():
         return None
     content = load_checkpoint(path, [path.stem])
@@ -710,115 +712,57 @@ def checkpoint_to_resume(path, args, digest):
             f"{path}: an export cannot be resumed; give it to --init or --stage1, "
             "with another --out"
         )
-    now = {**vars(args), "data": digest}
+    then = content["settings"]
+    now = {**vars(args), "data": data}
     # The size is compared first, because other settings depend on it.
-    names = sorted(now.keys() - FREE, key=lambda name: (name != "size", name))
-    refuse_changes(path, content["settings"], {name: now[name] for name in names})
-    if content["step"] >= args.steps:
-        print(f"{path} is finished at step {content['step']}; give a larger --steps to resume it")
-        sys.exit(0)
+    names = sorted(now.keys() - FREE - SAID, key=lambda name: (name != "size", name))
+    refuse_changes(path, then, {name: now[name] for name in names})
+    for name in sorted(SAID):
+        if now[name] != then.get(name) and ranks.main:
+            sample.tell(
+                f"--{name} is {now[name]} from step {content['step']} on; it was {then.get(name)}"
+            )
     return content
+
+
+def say_finished(path, step):
+    """The sentence of a run that has nothing to do."""
+    print(f"{path} is finished at step {step}; give a larger --steps to resume it")
 
 
 def refuse_changes(path, then, now):
     """UserError where a setting is not what it was when the file at `path` was made."""
-    for name, value, was in ((name, now[name], then.get(name)) for name in now):
+    for name, value in now.items():
+        was = then.get(name)
+        # The checkpoint holds what was read from a file that has moved.
         moved = (
             name in ("encoder", "vae", "init", "clip", "bpe")
             and Path(f"{value}").name == Path(f"{was}").name
         )
-        # The checkpoint holds what was read from a file that has moved.
-        if value != was and not moved:
-            how = "not the same as" if name == "data" else f"{value} but was {was}"
-            raise UserError(
-                f"--{name.replace('_', '-')} is {how} in {path}; use the same, another "
-                "--out, or --fresh"
-            )
+        if value == was or moved:
+            continue
+        if name == "data":
+            how = "the pictures, or their tokens, are not those with which it was begun"
+        else:
+            how = f"--{name.replace('_', '-')} is {value} but was {was}"
+        raise UserError(f"{path}: {how}; use the same, another --out, or --fresh")
 
 
-def restore(content, optimizer, ema):
-    """Optimizer and averages of a checkpoint; returns the step that comes next."""
-    optimizer.load_state_dict(content["optimizer"])
+def restore(content, optimizers, ema):
+    """Optimizers and averages of a checkpoint; returns the step that comes next."""
+    for optimizer, state in zip(optimizers, content["optimizers"]):
+        rates = [group["rate"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["rate"] = rate  # today's, where --lr is another
     torch._foreach_copy_(list(ema.average.values()), [content["ema"][name] for name in ema.average])
     return content["step"]
 
 
-# ---- Shared: processes, random numbers, what is computed once
 def generator(seed, step, device, stream):
     """Random numbers that depend on (seed, step) and their use, never on processes, accumulation or
     restarts."""
     return torch.Generator(device).manual_seed((seed * 1_000_000_007 + step) * 8 + stream)
-
-
-def fingerprint(args, pictures, how, *networks):
-    """SHA-256 of all that the outputs of frozen networks depend on: pictures, how they are taken,
-    weights."""
-    digest = hashlib.sha256(f"{pictures.fingerprint} {args.flip} {how}".encode())
-    for network in networks:
-        for name, tensor in network.state_dict().items():
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def precompute(name, digest, fields, pictures, ranks, args, compute):
-    """What frozen networks give for every picture (and, with --flip, its mirror image), in one
-    pass, kept in a file.
-
-    compute(images (b,3,S,S)) -> float tensors (b,...), one for each of `fields`, (name, shape
-    without b). Returns a memory-mapped array of N records: `index`, the picture that was really
-    read; the fields, float16 (V,*shape), V views; `done`, so that a stopped pass goes on where it
-    was. UserError where a value does not fit into float16."""
-    path = Path(args.out, f"{name}-{ranks.dtype}-{digest[:12]}.npy")
-    N = len(pictures)
-    V = 1 + args.flip
-    record = np.dtype(
-        [
-            ("index", "<i4"),
-            *((field, "<f2", (V, *shape)) for field, shape in fields),
-            ("done", "u1"),
-        ]
-    )
-    if ranks.main:
-        try:
-            np.load(path, mmap_mode="r")  # its name says what is in it
-        except (OSError, ValueError, EOFError):  # not there, or cut short when it was made
-            np.lib.format.open_memmap(path, mode="w+", dtype=record, shape=(N,)).flush()
-    ranks.any_process()
-    rows = np.load(path, mmap_mode="r")
-    # Pictures of one forward pass, whatever the number of processes: rounding differs between
-    # batch sizes.
-    size = 64
-    chunks = [list(range(i, min(i + size, N))) for i in range(0, N, size)][
-        ranks.rank :: ranks.world
-    ]
-    chunks = [chunk for chunk in chunks if not rows["done"][chunk].all()]
-    batches = load_batches(pictures, chunks, ranks.device, args.workers)
-    bar = tqdm(
-        batches, name, len(chunks), unit_scale=size, disable=not ranks.main, dynamic_ncols=True
-    )
-    # With no chunk left the loader still draws its seed.
-    for (images, _, indices), chunk in zip(bar, chunks):
-        block = np.zeros(len(chunk), record)
-        block["index"] = indices
-        block["done"] = 1
-        with ranks.autocast():
-            views = [
-                compute(view) for view in ([images, images.flip(-1)] if args.flip else [images])
-            ]
-        for (field, _), values in zip(fields, zip(*views)):
-            values = torch.stack(values, 1).to(torch.float16)       # (b,V,...)
-            if not values.isfinite().all():
-                raise UserError(
-                    f"{path}: the networks' values are not finite or beyond float16; "
-                    "check their weights"
-                )
-            block[field] = values.cpu().numpy()
-        with open(path, "r+b") as f:  # not into the map: on a full disk that would kill the process
-            f.seek(rows.offset + chunk[0] * record.itemsize)
-            f.write(block.tobytes())
-    ranks.any_process()
-    return np.load(path, mmap_mode="r")
 
 
 # ---- Shared: pictures
@@ -973,107 +917,25 @@ def draw_shape(plan, size):
     return (plan.ground + share * (plan.ink - plan.ground)).round().astype(np.uint8)
 
 
-class Pictures(torch.utils.data.Dataset):
-    """An indexed set of pictures: the default shapes where `source` is None, else a folder (any
-    tree), a .tar, or a folder of .tar shards. [i] -> (uint8 (3,pixels,pixels), label, index): the
-    next readable picture stands in for one that cannot be read. labels (N,) long; classes: names of
-    the top folders, sorted, [] where there are none. fingerprint: SHA-256 of the names. UserError
-    where there are no pictures or only some lie in class folders."""
+class Shapes(Pictures):
+    """The default data: NUM_SHAPES drawn shapes of a seed. Their names say which they are, see
+    plan_of."""
 
-    def __init__(self, source, pixels, seed=0, captions=False, ranks=None):
-        self.source = source and str(Path(source).resolve())
-        self.pixels = pixels
-        self.kept = {}
-        if source is None:
-            self.plans = [plan_shape(i, seed) for i in range(NUM_SHAPES)]
-            self.names = [f"shape {i}" for i in range(NUM_SHAPES)]
-            tops = [plan.shape for plan in self.plans]
-            stamp = f"shapes {seed} {NUM_SHAPES}"
-        else:
-            self.found = (
-                ranks.once(lambda: list_files(self.source)) if ranks else list_files(self.source)
-            )
-            self.names = [name for name in self.found if name.lower().endswith(fid.SUFFIXES)]
-            if len(self.names) < 2:
-                raise UserError(
-                    f"{source}: no pictures in it, or only one; expected "
-                    f"{', '.join(fid.SUFFIXES)} files"
-                )
-            tops = self.names if captions else top_folders(source, self.names)
-            stamp = "".join(f"{name}\n" for name in self.names)
-        self.classes = [] if captions else sorted(set(tops))
-        number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = torch.tensor(
-            [number[top] for top in tops] if number else [0] * len(self.names)
-        )
-        self.fingerprint = hashlib.sha256(f"{pixels} {stamp}".encode()).hexdigest()
-        # A small set of decoded pictures stays in memory.
-        self.small = len(self.names) * 3 * pixels**2 <= 2**28
+    def __init__(self, pixels, seed=0):
+        self.source = None
+        self.plans = [plan_shape(i, seed) for i in range(NUM_SHAPES)]
+        names = [f"shape {i} of seed {seed}" for i in range(NUM_SHAPES)]
+        self.set_up(pixels, names, [plan.shape for plan in self.plans])
 
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, i):
-        """uint8 (3,pixels,pixels) of picture i. Raises UserError where it cannot be decoded."""
-        if i in self.kept:
-            return self.kept[i]
-        if self.source is None:
-            x = torch.from_numpy(draw_shape(self.plans[i], self.pixels)).permute(2, 0, 1)
-        else:
-            with fid.naming(f"{self.names[i]}: not a readable picture"):
-                x = sample.load_picture(
-                    io.BytesIO(fid.read_bytes(self.found[self.names[i]])), self.pixels
-                )
-        if self.small:
-            self.kept[i] = x
-        return x
-
-    def __getitem__(self, i):
-        for j in [*range(i, len(self)), *range(i)]:
-            try:
-                return self.read(j), self.labels[j], j
-            except fid.UserError as e:
-                print(f"\nskipped: {e}", file=sys.stderr)
-        raise UserError(
-            f"{self.source}: not one of its {len(self)} pictures can be read; give other --data"
-        )
+    def open(self, i):
+        """uint8 (3,pixels,pixels) of shape i."""
+        return torch.from_numpy(draw_shape(self.plans[i], self.pixels)).permute(2, 0, 1)
 
 
-def list_files(source):
-    """{name: place} of all files of a folder or .tar, see fid.files. Lines of a .jsonl have "file",
-    a path relative to it, and "caption", a text or a list; they give {file: place} and {file with
-    suffix .txt: captions}. UserError."""
-    if not source.endswith(".jsonl"):
-        return fid.files(source)
-    found = {}
-    with fid.naming(f"{source}: expected lines of JSON with file and caption"):
-        for row in map(
-            json.loads, filter(str.strip, Path(source).read_text(encoding="utf-8").split("\n"))
-        ):
-            captions = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
-            found[row["file"]] = (
-                str(Path(source).parent.joinpath(row["file"]).resolve(strict=True)),
-            )
-            found.setdefault(row["file"].rsplit(".", 1)[0] + ".txt", []).extend(captions)
-    return found
-
-
-def top_folders(source, names):
-    """The class folder of each picture; [] where none lies in one. Raises UserError where only some
-    do."""
-    # The name of a shard is no class.
-    folders = [name.rsplit(".tar/", 1)[-1].split("/")[:-1] for name in names]
-    # A folder around all of them is no class either.
-    while all(len(path) > 1 and path[0] == folders[0][0] for path in folders):
-        folders = [path[1:] for path in folders]
-    inside = [name for name, path in zip(names, folders) if path]
-    outside = [name for name, path in zip(names, folders) if not path]
-    if inside and outside:
-        raise UserError(
-            f"{source}: {inside[0]} lies in a class folder and {outside[0]} in "
-            "none; move one of them"
-        )
-    return [path[0] for path in folders if path]
+def plan_of(name):
+    """The plan of a shape from its name in Shapes.names."""
+    _, i, _, _, seed = name.split()
+    return plan_shape(int(i), int(seed))
 
 
 def picture_order(n, args, ranks, first=0):
@@ -1094,66 +956,39 @@ def picture_order(n, args, ranks, first=0):
         ]
 
 
-def load_batches(pictures, order, device, workers=None):
-    """Yields (images (b,3,S,S) in [-1,1], labels (b,), indices (b,) on the CPU) for each list of
-    numbers in `order`."""
-    gpu = device.type == "cuda"
-    workers = 4 * (gpu and not pictures.small) if workers is None else workers
-    loader = torch.utils.data.DataLoader(
-        pictures, batch_sampler=order, num_workers=workers, pin_memory=gpu
-    )
-    for images, *rest in loader:
-        yield to_float(images.to(device, non_blocking=True)), *rest
-
-
 # ---- Shared: options
-def common_options(p):
+def add_setting(p, settings, name, help, **kwargs):
+    """An option whose default stands in a table of settings."""
+    others, nano = settings[name.strip("-").replace("-", "_")]
+    default = f"{others}" if others == nano else f"nano: {nano}; else {others}"
+    p.add(name, None, f"{help} (default: {default})", **kwargs)
+
+
+def common_options(p, settings):
     """The options of both trainers, in the groups of --help."""
+    setting = functools.partial(add_setting, p, settings)
     p.sections = {
         name: p.add_argument_group(name)
         for name in ("data", "model", "optimisation", "rarely needed")
     }
     p.section = p.sections["data"]
-    p.add(
-        "--data",
-        None,
-        "folder (sub-folders are classes), .tar, .tar shards, or .jsonl; default: shapes",
-    )
-    p.add("--out", "out", "folder for checkpoint, log and pictures")
-    p.add(
-        "--flip",
-        False,
-        "mirror half of the pictures (not for captions that say left or right)",
-        action="store_true",
-    )
+    p.add("--out", "out", "folder for checkpoint, log, pictures and tokens")
     p.add("--fresh", False, "start again and overwrite --out", action="store_true")
     p.section = p.sections["model"]
     p.add("--size", None, "network size; default: the checkpoint's, or nano", choices=[*SIZES])
     p.section = p.sections["optimisation"]
-    p.add("--steps", None, "optimizer steps in all", type=whole(1))
-    p.add("--batch", None, "pictures per step, over all GPUs and micro-batches", type=whole(1))
+    setting("--steps", "optimizer steps in all", type=whole(1))
+    setting("--batch", "pictures per step, over all GPUs and micro-batches", type=whole(1))
     p.add(
         "--accumulate", 1, "micro-batches per GPU and step; more of them save memory", type=whole(1)
     )
-    p.add("--lr", None, "AdamW learning rate after warm-up", type=number(0))
-    p.add(
-        "--muon-lr",
-        None,
-        "Muon's learning rate (nano's stage 1: 0.02; else 0, AdamW alone)",
-        type=number(0),
-    )
-    p.add("--warmup", None, "steps of linear warm-up", type=whole(0))
-    p.add("--ema", None, "decay of the averaged weights", type=number(0, 1))
-    p.add("--clip-grad", 1.0, "largest norm of the gradient; 0 is none", type=number(0))
+    setting("--lr", "AdamW's learning rate after warm-up", type=number(0))
+    setting("--warmup", "steps of linear warm-up", type=whole(0))
+    setting("--ema", "decay of the averaged weights", type=number(0, 1))
     p.add("--seed", 0, "seed of weights, picture order and noise", type=whole(0))
     p.section = p.sections["rarely needed"]
     p.add("--log-every", 20, "steps between lines of the log", type=whole(1))
-    p.add(
-        "--save-every",
-        None,
-        "steps between saves (nano: 500, 1000; else 10,000, at most hourly)",
-        type=whole(1),
-    )
+    setting("--save-every", "steps between checkpoints", type=whole(1))
     p.add(
         "--device",
         "auto",
@@ -1169,32 +1004,30 @@ def common_options(p):
     p.add(
         "--workers",
         None,
-        "processes that read pictures (default: 4 with a GPU, else 0)",
+        "processes that read files (default: 4 with a GPU, else 0)",
         type=whole(0),
     )
     p.add("--compile", False, "torch.compile the networks", action="store_true")
 
 
-def fill_defaults(args, paper, nano, model=None):
-    """Set what was left open: --size (that of the checkpoint `model`), then what depends on it.
-    Raises UserError."""
-    args.hourly = getattr(args, "save_every", None) is None
-    if model:
-        args.pixels = model.pixels
-    if args.size is None:
-        width = model.decoder.config["width"] if model else SIZES["nano"]["decoder"]["width"]
-        args.size = next(
-            (size for size, shape in SIZES.items() if shape["decoder"]["width"] == width), None
-        )
-        if not args.size:
+def complete(args, settings, model=None):
+    """Fill in what was left open: the size, from the checkpoint `model` where there is one, and
+    then the settings of that size. Raises UserError."""
+    if args.size is None and model:
+        width = model.decoder.config["width"]
+        fitting = [size for size, shape in SIZES.items() if shape["decoder"]["width"] == width]
+        if not fitting:
             raise UserError(
                 f"--size: checkpoint's decoder width {width} fits none of "
                 f"{', '.join(SIZES)}; give --size"
             )
-    for name, value in {"muon_lr": 0.0, **(nano if args.size == "nano" else paper)}.items():
+        args.size = fitting[0]
+    args.size = args.size or "nano"
+    for name, values in settings.items():
         if getattr(args, name, None) is None:
-            setattr(args, name, value)
+            setattr(args, name, values[args.size == "nano"])
 
 
+LESS_MEMORY = "use a larger --accumulate, --checkpointing (stage 1) or a smaller --batch"
 if __name__ == "__main__":
-    sample.guarded(main)
+    sample.guarded(main, LESS_MEMORY)

@@ -1,22 +1,20 @@
-"""Stage 2: learn to generate the tokens of stage 1 (RepTok, arXiv 2510.14630, Sec. 4).
+"""Stage 2: learn to generate the tokens of stage 1 (RepTok, arXiv 2510.14630, Sec. 3.3).
 
-    python train_stage2.py                                        # after python train_stage1.py
-    python train_stage2.py --data FOLDER --out OUT                # with OUT/stage1.pt
-    python train_stage2.py --captions DATA --clip model.safetensors --bpe VOCABULARY
-    torchrun --nproc-per-node 8 train_stage2.py --data imagenet/train --out xl
+    python train_stage2.py                         # after python train_stage1.py
+    python train_stage2.py --out OUT               # OUT/stage1.pt, OUT/tokens.npy, OUT/tokens.pt
+    python train_stage2.py --captions PAIRS --clip model.safetensors --bpe VOCABULARY
+    torchrun --nproc-per-node 8 train_stage2.py --out xl
 
-The frozen tokenizer turns every picture into tokens once (OUT/tokens-*.npy). An MLP-Mixer then
-learns the flow from noise to them without reading a picture again. Writes OUT/stage2.pt (complete
-in itself), OUT/stage2.jsonl and OUT/stage2.png (samples from fixed noise, one row per class). The
-same command resumes a stopped run. Letters: B pictures a step, b of one forward pass, K tokens a
-picture, D token width, N pictures in all, V views of each (2 with --flip), L text length, C text
-width."""
+No picture is opened here: stage 1 has turned each into a token. An MLP-Mixer learns the flow from
+noise to tokens, given a class or a text. Writes OUT/stage2.pt (complete in itself),
+OUT/stage2.jsonl and OUT/stage2.png (samples from fixed noise, one row per class). The same command
+resumes a stopped run. Letters: B tokens a step, b of one forward pass, K tokens a picture, D token
+width, N pictures in all, V views of each (2 with --flip), L text length, C text width."""
 
 import io
-import json
-import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -24,91 +22,93 @@ import fid
 import sample
 import train_stage1 as shared
 from mixer import Mixer
-from sample import Ranks, RepTok, number, whole
+from sample import Ranks, RepTok, load_checkpoint, number, whole
 from tokenizer import ClipText, UserError, WordEncoder, load_text_encoder
-from train_stage1 import EMA, SIZES, Log, Pictures, generator
+from train_stage1 import CLIP_GRAD, EMA, SIZES, Log, generator
 
-PAPER = dict(
-    steps=700_000, batch=256, lr=1e-4, warmup=2000, decay=False, ema=0.9999, save_every=10_000
-)
-NANO = dict(steps=3200, batch=128, lr=3e-3, warmup=100, decay=True, ema=0.995, save_every=1000)
+# The settings of a run, printed at its start; options of the same names replace them.
+SETTINGS = {  # name: (sizes S to XL, nano)
+    # Steps and batch are the paper's.
+    "steps": (700_000, 3200),
+    "batch": (256, 128),
+    "lr": (1e-4, 3e-3),
+    "warmup": (2000, 100),
+    # Constant, or flat to half of the run and then a line to 0.
+    "decay": (False, True),
+    "ema": (0.9999, 0.995),
+    # The share of labels or captions that are dropped, for guidance.
+    "label_drop": (0.1, 0.1),
+    "save_every": (10_000, 1000),
+}
 
 
 def main():
-    """Stage 2 from the command line: the tokens once, then the loop over them. Raises UserError."""
+    """Stage 2 from the command line: load tokens, then the loop over them. Raises UserError."""
     args = options()
     model = RepTok.load(args.stage1)
-    shared.fill_defaults(
-        args, PAPER, {**NANO, "steps": 2000 if args.captions else NANO["steps"]}, model
-    )
+    shared.complete(args, SETTINGS, model)
     ranks = Ranks(args.device, args.dtype, args.batch, args.accumulate)
     device = ranks.device
-    model.to(device)
+    args.dtype = ranks.dtype
     out = Path(args.out, "stage2.pt")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    source, stamp = model.data or (None, None)
-    if args.data is None and not stamp:
-        raise UserError(
-            "--data: the checkpoint does not say which pictures it was trained on; give a folder"
-        )
-    kind = Captioned if args.captions else Pictures
-    pictures = kind(args.data or source, model.pixels, args.seed, ranks=ranks)
-    if args.data is None and source and not args.captions and pictures.fingerprint != stamp:
-        raise UserError(f"--data: the pictures of stage 1, {source}, have changed; give --data")
-    digest = shared.fingerprint(args, pictures, "", model.tokenizer)
-    saved = shared.checkpoint_to_resume(out, args, digest)
-    torch.manual_seed(args.seed)
-    text, width = text_source(args, pictures, ranks) if args.captions and not saved else (None, 0)
-    fields = [("tokens", (model.tokenizer.K, model.tokenizer.width))]
-    rows = shared.precompute(
-        "tokens", digest, fields, pictures, ranks, args, lambda images: [model.tokenizer(images)]
-    )
-    _, _, K, D = rows["tokens"].shape
+    ranks.take(out.parent)
+
+    # tokens (N,V,K,D) float16, mapped: memory only ever holds a batch of them.
+    tokens, about = load_tokens(args, model)
+    texts = Texts(about, args.captions, ranks) if args.captions else None
+
+    # Go on with a stopped run, or begin with a new Mixer.
+    saved = shared.checkpoint_to_resume(out, args, about["fingerprint"], ranks)
+    if saved and saved["step"] >= args.steps:
+        return shared.say_finished(out, saved["step"])
     if saved:
-        model = RepTok.from_checkpoint(saved, out, averaged=False).to(device)
+        model = RepTok.from_checkpoint(saved, out, averaged=False)
     else:
-        if not model.released:  # a released checkpoint keeps its own factor
-            model.mean, model.std = statistics(rows["tokens"])      # (1,K,D)
-        model.classes = pictures.classes
-        model.mixer = new_mixer(args, K, D, len(model.classes), width)
-        model.text = text
-        model.to(device)
-    width = model.mixer.config["text_width"]
+        torch.manual_seed(args.seed)
+        build(model, args, about, texts, ranks)
+    model.to(device)
     model.tokenizer.requires_grad_(False)
     model.decoder.requires_grad_(False)
+
     # The Mixer is trained, and the small text encoder if there is one.
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = shared.new_optimizer(trained, args.lr, args.muon_lr)
+    optimizers = shared.new_optimizers(trained, args.lr)
     ema = EMA(trained, args.ema)
-    first = shared.restore(saved, optimizer, ema) if saved else 0
+    first = shared.restore(saved, optimizers, ema) if saved else 0
+
     # The same networks, with gradients averaged over all processes.
     mixer = ranks.wrap(model.mixer, args.compile)
     # Text features made beforehand are taken as they are.
     encode_text = ranks.wrap(model.text, args.compile) if model.text else nn.Identity()
-    batches = load_tokens(Batches(rows, pictures, model.text, width), args, ranks, first)
-    log = Log(out, args, ranks, first, pictures, trained)
+    width = model.mixer.config["text_width"]
+    data = Tokens(tokens, about["labels"], texts, model.text, width)
+    batches = load_batches(data, args, ranks, first)
+    log = Log(out, args, SETTINGS, ranks, first, about["names"], model.class_names, trained)
     signals = shared.catch_signals()  # a list, filled by Ctrl-C and SIGTERM
 
-    # z: the tokens of this process, (B,K,D); labels (B,).
+    # z: the tokens of this process, (B,K,D); labels (B,). With captions, words: their ids (B,L),
+    # or features (B,L,C) made beforehand; mask (B,L), where words are.
     for step, (z, labels, words, mask) in enumerate(batches, first):
-        # Every process draws for the whole batch, on the CPU: the same numbers on any device.
-        random = generator(args.seed, step, "cpu", stream=1)
-        t, drop, *_ = torch.rand(4, args.batch, generator=random)  # the other two are load_tokens'
-        noise = torch.randn(args.batch, K, D, generator=random)     # (B,K,D)
+        # Every process draws for the whole batch and takes its share, so that the numbers depend
+        # neither on the number of processes nor on accumulation.
+        random = generator(args.seed, step, device, stream=1)
+        t = torch.rand(args.batch, generator=random, device=device)
+        drop = torch.rand(args.batch, generator=random, device=device)
+        noise = torch.randn(args.batch, *z.shape[1:], generator=random, device=device)
         t = ranks.share(t)                                          # (B,)
         drop = ranks.share(drop)                                    # (B,)
-        noise = ranks.share(noise)
+        noise = ranks.share(noise)                                  # (B,K,D)
 
+        # The data of the flow: normalised tokens.
+        z = (z.float() - model.mean) / model.std                    # (B,K,D)
         # Labels and captions are dropped at random, so that guidance has a network without
         # condition.
         keep = drop >= args.label_drop                              # (B,)
-        labels = torch.where(keep, labels, len(model.classes))  # the last number is "no class"
-        if words is not None:
-            # words: ids (B,L), or features (B,L,C) made beforehand. Without a True in its mask
-            # a row has no text.
-            mask = mask & keep[:, None]                             # (B,L)
+        labels = torch.where(keep, labels, len(model.class_names))  # the last number is "no class"
+        if texts:
+            mask = mask & keep[:, None]  # a row without a True has no text
 
-        means = torch.zeros(1, device=device)
+        means = torch.zeros(1, device=device)  # of the loss
         size = len(z) // args.accumulate
         for n in range(args.accumulate):
             part = slice(n * size, (n + 1) * size)  # micro-batch n, of b tokens
@@ -117,226 +117,278 @@ def main():
                 mixer.require_backward_grad_sync = n + 1 == args.accumulate
                 encode_text.require_backward_grad_sync = n + 1 == args.accumulate
 
-            def move(u):
-                return u[part].to(device, non_blocking=True)
-
-            data = (move(z).float() - model.mean) / model.std       # (b,K,D), normalised
-            start = move(noise)                                     # (b,K,D)
-            time = move(t)                                          # (b,)
-            s = time[:, None, None]
+            s = t[part][:, None, None]
+            z_t = (1 - s) * noise[part] + s * z[part]               # (b,K,D)
             with ranks.autocast():
-                z_t = (1 - s) * start + s * data                    # (b,K,D)
-                if words is None:
-                    v = mixer(z_t, time, move(labels))              # (b,K,D)
+                if texts:
+                    text = encode_text(words[part]).float()         # (b,L,C)
+                    v = mixer(z_t, t[part], labels[part], text, mask[part])
                 else:
-                    text = encode_text(move(words)).float()         # (b,L,C)
-                    v = mixer(z_t, time, move(labels), text, move(mask))
+                    v = mixer(z_t, t[part], labels[part])           # (b,K,D)
 
-            flow = (v.float() - (data - start)).square().flatten(1).mean(1)  # Eq. 1, (b,)
+            # Eq. 1, with tokens in the place of latents.
+            flow = (v.float() - (z[part] - noise[part])).square().flatten(1).mean(1)  # (b,)
             loss = flow.mean()
             (loss / args.accumulate).backward()
             means += loss.detach() / args.accumulate
 
-        norm = nn.utils.clip_grad_norm_(trained.values(), args.clip_grad or math.inf)
-        rate = shared.set_learning_rate(optimizer, step, args)
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = nn.utils.clip_grad_norm_(trained.values(), CLIP_GRAD)
+        factor = shared.rate_factor(step, args)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["rate"]
+            optimizer.step()
+            optimizer.zero_grad()
         ema.update(step)
+
         end = step + 1 == args.steps or ranks.any_process(signals)
         save = end or (step + 1) % args.save_every == 0
         log.bar.update()
         if save or (step + 1) % args.log_every == 0:
             loss = ranks.sum(means / ranks.world).item()
-            log.write(step + 1, loss=loss, norm=norm.item(), lr=rate)  # raises on NaN
-        if save and ranks.main and log.due(end):
-            shared.save_run(out, step + 1, args, model, digest, optimizer, ema)
+            rate = factor * args.lr
+            # Raises UserError if the loss is not finite.
+            log.write(step + 1, loss=loss, norm=norm.item(), lr=rate)
+        if save and ranks.main:
+            shared.save_run(out, step + 1, args, model, about["fingerprint"], optimizers, ema)
         if ranks.main and (end or shared.picture_due(step + 1, args.steps)):
             with ema.applied(), torch.no_grad(), ranks.autocast():
-                condition = preview(model, pictures, width)
-                z = model.generate(steps=20, **condition)
-                sample.save_grid(out.with_suffix(".png"), model.decode(z, steps=20).split(8))
+                z = model.generate(steps=20, **preview(model, texts))  # (R*8,K,D)
+                images = model.decode(z, steps=20)                  # (R*8,3,S,S)
+            sample.save_grid(out.with_suffix(".png"), images.split(8))
         if end:
             break
-    log.close(out, step + 1, f"flow loss {loss:.4f}; next: python sample.py --ckpt {out}")
+
+    log.close()  # raises SystemExit where a signal has ended the run
+    if ranks.main:
+        print(f"{out}: flow loss {loss:.4f}; next: python sample.py --ckpt {out}")
 
 
-# ---- Below: the Mixer of a run, text, and the command line
-def new_mixer(args, K, D, classes, text_width=None):
-    """The Mixer of this size and these expansions, untrained."""
+# ---- Below: tokens, the Mixer of a run, text, and the command line
+def load_tokens(args, model):
+    """What stage 1 has left, or sample.py --encode: tokens (N,V,K,D) float16, mapped, and a dict of
+    what they are, see sample.write_tokens. Raises UserError where they are of another tokenizer."""
+    path = Path(args.tokens, "tokens.pt")
+    if not path.exists():
+        raise UserError(
+            f"{path}: not there; run train_stage1.py to its end, or make it of any pictures: "
+            f"python sample.py --ckpt {args.stage1} --encode PICTURES --save {args.tokens}"
+        )
+    about = load_checkpoint(path, ["tokens"])
+    if about["tokenizer"] != sample.digest(model.tokenizer):
+        raise UserError(
+            f"{path}: made by another tokenizer than that of --stage1 {args.stage1}; run "
+            "train_stage1.py to its end, or sample.py --encode again"
+        )
+    with fid.naming(f"{path.with_suffix('.npy')}: not whole", "; run sample.py --encode again"):
+        return np.load(path.with_suffix(".npy"), mmap_mode="r"), about
+
+
+def build(model, args, about, texts, ranks):
+    """Give the model of stage 1 what stage 2 adds: statistics of tokens, a Mixer, and perhaps a
+    text encoder."""
+    if not model.released:  # a released checkpoint keeps its own factor
+        model.mean = about["mean"]                                  # (1,K,D)
+        model.std = about["std"]
+    model.class_names = [] if texts else about["class_names"]
+    width = 0
+    if texts:
+        model.text, width = text_encoder(args, texts, ranks)
+    _, K, D = about["mean"].shape
+    model.mixer = new_mixer(args, K, D, len(model.class_names), width)
+
+
+def new_mixer(args, K, D, num_classes, text_width=0):
+    """The Mixer of this size, untrained. It is at least as wide as a token: a narrower one could
+    not put out a velocity in every direction, and starting noise would stay in the samples."""
     shape = SIZES[args.size]["mixer"]
-    S = K + bool(classes) + 4 * bool(text_width) + 1  # the length of its sequence, see Mixer
+    hidden = max(shape["hidden"], D)
     return Mixer(
         K,
         D,
-        **shape,
-        num_classes=classes,
+        hidden=hidden,
+        depth=shape["depth"],
+        num_classes=num_classes,
         text_width=text_width,
-        token_hidden=args.token_expansion * S,
-        channel_hidden=args.channel_expansion * shape["hidden"],
+        channel_hidden=args.channel_expansion * hidden,
     )
 
 
-def statistics(tokens):
-    """Mean and deviation, each (1,K,D), of mapped tokens (N,V,K,D), by chunks of D: all in float32
-    may be 8 GB."""
-    chunks = (
-        torch.from_numpy(tokens[..., i : i + 64].astype("float32"))
-        for i in range(0, tokens.shape[-1], 64)
-    )
-    mean, std = zip(*((chunk.mean((0, 1)), chunk.std((0, 1))) for chunk in chunks))
-    return torch.cat(mean, -1)[None], torch.cat(std, -1)[None] + 1e-6
-
-
-def preview(model, pictures, width):
+def preview(model, texts):
     """What the picture of a run shows, eight samples each: the first ten classes, or the captions
-    of ten pictures."""
-    if not model.mixer.cross:
-        return {
-            "classes": torch.arange(min(10, max(1, model.mixer.num_classes))).repeat_interleave(8)
-        }
-    chosen = [i * len(pictures) // 10 for i in range(10)]
-    words, mask = Batches(None, pictures, model.text, width).read_text(chosen, [0.0] * 10)
-    words, mask = (u.repeat_interleave(8, 0).to(model.device) for u in (words, mask))
+    of ten pictures. Arguments of RepTok.generate."""
+    if not texts:
+        count = min(10, max(1, model.mixer.num_classes))
+        return {"labels": torch.arange(count).repeat_interleave(8)}
+    chosen = [i * len(texts) // 10 for i in range(10)]
+    width = model.mixer.config["text_width"]
+    words, mask = read_texts(texts, chosen, [0.0] * 10, model.text, width)
+    words = words.repeat_interleave(8, 0).to(model.device)
+    mask = mask.repeat_interleave(8, 0).to(model.device)
     return {"text": model.text(words) if model.text else words.float(), "mask": mask}
 
 
-def text_source(args, pictures, ranks):
-    """The text encoder (CLIP, a small one trained with the Mixer, None for features) and its width.
-    UserError."""
+def text_encoder(args, texts, ranks):
+    """CLIP, a small one trained with the Mixer, or None for features made beforehand; and the width
+    C of what it puts out. Raises UserError."""
     if args.clip:
         text = ClipText(load_text_encoder(ranks.fetch(args.clip)), args.bpe)
-    elif pictures.made:
-        return None, pictures.features(0)[0].shape[1]
-    else:
+        return text, text.width
+    if texts.made_beforehand:
+        return None, texts.features(0)[0].shape[1]
+    if ranks.main:
         print(
             "No language model given: training a small word encoder; for real use give "
             "--clip or text features"
         )
-        captions = (caption for i in range(len(pictures)) for caption in pictures.captions(i))
-        text = WordEncoder(
-            sorted({word for caption in captions for word in WordEncoder.split(caption)})
-        )
+    words = set()
+    for i in range(len(texts)):
+        for caption in texts.captions(i):
+            words.update(WordEncoder.split(caption))
+    text = WordEncoder(sorted(words))
     return text, text.width
 
 
-class Captioned(Pictures):
-    """Pictures with text, without classes: beside name.jpg captions in name.txt (a line each) or
-    name.json ("caption"), or features made beforehand in name.npz; or a .jsonl (see list_files).
-    UserError where a picture has no text."""
+class Texts:
+    """The texts of pictures, found by the pictures' names: beside name.jpg captions in name.txt (a
+    line each), or features made beforehand in name.npz, in a folder or .tar. Those of the default
+    shapes are known from their names. Raises UserError where a picture has no text."""
 
-    def __init__(self, source, pixels, seed=0, ranks=None):
-        super().__init__(source, pixels, seed, captions=True, ranks=ranks)
-        if source is None:
-            # The captions, or the place where they are read.
-            self.texts = [plan.captions for plan in self.plans]
-            self.made = []
+    def __init__(self, about, source, ranks):
+        self.names = about["names"]
+        self.source = about["source"] if source is True else source
+        self.made_beforehand = False
+        if self.source is None:
             return
-        bare = [name.rsplit(".", 1)[0] for name in self.names]
-        self.made = [self.found[b + ".npz"] for b in bare if b + ".npz" in self.found]
-        beside = [
-            next((b + end for end in (".txt", ".json") if b + end in self.found), None)
-            for b in bare
-        ]
-        self.texts = [self.found.get(name) for name in beside]
-        missing = [name for name, text in zip(self.names, self.texts) if text is None]
-        if missing and len(self.made) < len(self.names):
-            raise UserError(
-                f"--captions {source}: {len(missing)} pictures lack a caption, first "
-                f"{missing[0]}; add it"
-            )
+        self.found = ranks.once(lambda: fid.files(str(Path(self.source).resolve())))
+        for suffix in (".npz", ".txt"):
+            missing = [name for name in self.names if beside(name, suffix) not in self.found]
+            if not missing:
+                self.made_beforehand = suffix == ".npz"
+                return
+        raise UserError(
+            f"--captions {self.source}: {len(missing)} pictures lack a caption, first "
+            f"{missing[0]}; add it"
+        )
+
+    def __len__(self):
+        return len(self.names)
 
     def captions(self, i):
-        """The captions of picture i. Raises UserError where they are empty or cannot be read."""
-        captions = self.texts[i]
-        with fid.naming(f"{self.source}: the caption of {self.names[i]} cannot be read"):
-            if isinstance(captions, tuple):
-                text = fid.read_bytes(captions).decode()
-                captions = (
-                    json.loads(text)["caption"]
-                    if text.lstrip().startswith("{")
-                    else text.strip().split("\n")
-                )
-            captions = captions if isinstance(captions, list) else [captions]
-            if not captions or not all(caption.strip() for caption in captions):
+        """The captions of picture i, a list. Raises UserError where they are empty or cannot be
+        read."""
+        name = self.names[i]
+        if self.source is None:
+            return shared.plan_of(name).captions
+        with fid.naming(f"{self.source}: the caption of {name} cannot be read"):
+            # utf-8-sig passes over the mark with which some editors begin a file.
+            text = fid.read_bytes(self.found[beside(name, ".txt")]).decode("utf-8-sig")
+            lines = [line.strip() for line in text.split("\n") if line.strip()]
+            if not lines:
                 raise ValueError("it is empty; write one or take the picture out")
-        return captions
+        return lines
 
     def features(self, i):
         """Text features made beforehand: (features (L,C) float16, mask (L,) bool) of picture i.
         Raises UserError."""
-        with fid.naming(f"{self.source}: bad text features (L,C) of {self.names[i]}"):
-            features, mask = sample.text_features(io.BytesIO(fid.read_bytes(self.made[i])))
+        name = self.names[i]
+        with fid.naming(f"{self.source}: bad text features (L,C) of {name}"):
+            data = fid.read_bytes(self.found[beside(name, ".npz")])
+            features, mask = sample.text_features(io.BytesIO(data))
             if not features.half().isfinite().all():
                 raise ValueError("NaN, or beyond float16; replace them")
             return features.half(), mask
 
 
-class Batches(torch.utils.data.Dataset):
-    """[indices, view, choice] -> tokens (B,K,D) float16, labels (B,), and what read_text returns,
-    or None, None. view and choice, each (B,) in [0,1), choose among the views of a picture and its
-    captions. Raises UserError."""
+def beside(name, suffix):
+    """The name of a file that differs in its suffix."""
+    return name.rsplit(".", 1)[0] + suffix
 
-    def __init__(self, rows, pictures, text, width):
-        self.rows = rows  # mapped: the device and its memory only ever see a batch
-        self.pictures = pictures
-        self.text = text
+
+def read_texts(texts, numbers, choice, encoder, width):
+    """The texts of pictures: ids (B,L) for the encoder, or where it is None features (B,L,C),
+    float16, C = width; and their mask (B,L). choice: B numbers in [0,1), which choose among a
+    picture's captions. Raises UserError."""
+    if encoder is None:
+        features = []
+        masks = []
+        for i in numbers:
+            one, mask = texts.features(i)                           # (L,C), (L,)
+            if one.shape[1] != width:
+                raise UserError(f"--captions {texts.source}: text features need width {width}")
+            features.append(one)
+            masks.append(mask)
+        features = nn.utils.rnn.pad_sequence(features, batch_first=True)  # (B,L,C)
+        return features, nn.utils.rnn.pad_sequence(masks, batch_first=True)
+    chosen = []
+    for i, u in zip(numbers, choice):
+        captions = texts.captions(i)
+        chosen.append(captions[int(u * len(captions))])
+    ids = encoder.ids(chosen)                                       # (B,L)
+    return ids, encoder.mask(ids)
+
+
+class Tokens(torch.utils.data.Dataset):
+    """[numbers, view, choice] -> tokens (B,K,D) float16, labels (B,), and what read_texts returns,
+    or two empty lists. view and choice, each (B,) in [0,1), choose among the views of a picture and
+    its captions. Raises UserError."""
+
+    def __init__(self, tokens, labels, texts, encoder, width):
+        self.tokens = tokens
+        self.labels = labels
+        self.texts = texts
+        self.encoder = encoder
         self.width = width
 
     def __getitem__(self, key):
-        indices, view, choice = key
-        views = (view * self.rows["tokens"].shape[1]).long()
-        z = torch.from_numpy(self.rows["tokens"][indices, views.numpy()])  # (B,K,D)
-        read = self.rows["index"][indices].tolist()  # another picture where one could not be read
-        words = None
-        mask = None
-        if isinstance(self.pictures, Captioned):
-            words, mask = self.read_text(read, choice.tolist())
-        return z, self.pictures.labels[read], words, mask
-
-    def read_text(self, indices, choice):
-        """ids (B,L) for the encoder `text`, or features (B,L,C) float16 where it is None; mask
-        (B,L)."""
-        if self.text is None:
-            rows = [self.pictures.features(i) for i in indices]
-            if any(features.shape[1] != self.width for features, _ in rows):
-                raise UserError(
-                    f"--captions {self.pictures.source}: text features need width {self.width}"
-                )
-            return [nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*rows)]
-        captions = [self.pictures.captions(i) for i in indices]
-        ids = self.text.ids([own[int(u * len(own))] for own, u in zip(captions, choice)])
-        return [ids, self.text.mask(ids)]
+        numbers, view, choice = key
+        views = (view * self.tokens.shape[1]).long()
+        z = torch.from_numpy(self.tokens[numbers, views.numpy()])   # (B,K,D)
+        words = mask = []
+        if self.texts:
+            words, mask = read_texts(
+                self.texts, numbers, choice.tolist(), self.encoder, self.width
+            )
+        return z, self.labels[numbers], words, mask
 
 
-def load_tokens(data, args, ranks, first):
-    """This process's part of every batch, from the loader's workers where there are files of text
-    to read."""
+def load_batches(data, args, ranks, first):
+    """Yields this process's part of every batch, on its device; files of text are read by the
+    loader's workers."""
 
     def order():
-        for step, indices in enumerate(
-            shared.picture_order(len(data.rows), args, ranks, first), first
-        ):
-            # These are the draws of main, of which two rows serve here.
-            draws = torch.rand(4, args.batch, generator=generator(args.seed, step, "cpu", stream=1))
-            yield indices, *(ranks.share(u) for u in draws[2:])
+        numbers = shared.picture_order(len(data.tokens), args, ranks, first)
+        for step, mine in enumerate(numbers, first):
+            random = generator(args.seed, step, "cpu", stream=2)
+            view = torch.rand(args.batch, generator=random)
+            choice = torch.rand(args.batch, generator=random)
+            yield mine, ranks.share(view), ranks.share(choice)
 
     gpu = ranks.device.type == "cuda"
-    workers = 4 * (gpu and data.text is None) if args.workers is None else args.workers
-    return torch.utils.data.DataLoader(
-        data, None, sampler=order(), num_workers=workers, pin_memory=gpu
+    workers = 4 if gpu and data.texts and data.texts.source else 0
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_size=None,
+        sampler=order(),
+        num_workers=workers if args.workers is None else args.workers,
+        pin_memory=gpu,
+        worker_init_fn=sample.leave_signals,
     )
+    for batch in loader:
+        yield [u.to(ranks.device, non_blocking=True) if len(u) else None for u in batch]
 
 
 def options():
     """The command line of stage 2."""
     p = sample.Parser(__doc__)
-    shared.common_options(p)
-    p.section = p.sections["model"]
+    shared.common_options(p, SETTINGS)
+    p.section = p.sections["data"]
     p.add("--stage1", None, "checkpoint of stage 1, ours or the authors' (default: OUT/stage1.pt)")
+    p.add("--tokens", None, "folder of tokens.npy and tokens.pt (default: OUT)")
     p.add(
         "--captions",
         None,
-        "captioned pictures, instead of --data; alone: captioned shapes",
+        "train on captions; FILE: their folder or .tar, if it is not that of the pictures",
         nargs="?",
         const=True,
     )
@@ -347,8 +399,8 @@ def options():
     )
     p.add("--bpe", None, "CLIP's vocabulary, bpe_simple_vocab_16e6.txt.gz")
     p.section = p.sections["optimisation"]
-    p.add(
-        "--label-drop", 0.1, "share of labels or captions dropped, for guidance", type=number(0, 1)
+    shared.add_setting(
+        p, SETTINGS, "--label-drop", "share of labels or captions dropped", type=number(0, 1)
     )
     p.section = p.sections["rarely needed"]
     p.add(
@@ -357,25 +409,15 @@ def options():
         "channel MLPs are so many times as wide as the Mixer",
         type=whole(1),
     )
-    p.add(
-        "--token-expansion",
-        2,
-        "token MLPs are so many times as wide as the sequence",
-        type=whole(1),
-    )
     args = p.parse_args()
     if bool(args.clip) != bool(args.bpe) or args.clip and not args.captions:
         raise UserError(
             "--clip needs --captions and --bpe bpe_simple_vocab_16e6.txt.gz; --bpe needs --clip"
         )
-    if args.captions and args.data:
-        raise UserError("--data: --captions names the pictures itself; leave the option out")
-    if isinstance(args.captions, str):
-        args.data = args.captions
-        args.captions = True
     args.stage1 = args.stage1 or str(Path(args.out, "stage1.pt"))
+    args.tokens = args.tokens or args.out
     return args
 
 
 if __name__ == "__main__":
-    sample.guarded(main)
+    sample.guarded(main, shared.LESS_MEMORY)

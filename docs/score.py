@@ -4,17 +4,21 @@
     python -m docs.score out/stage1.pt --steps 1 2 5 10 20   # scored each
     python -m docs.score hand/stage2.pt --pictures train held
     python -m docs.score words/stage2.pt   # by its prompts
+    python -m docs.score --write REAL --num 5000    # held-out shapes as files, for fid.py
 
 Held-out shapes are compared with what is drawn from z (the tuned token) and from z0 (the untuned
 one), and read by a small network that has learnt from other shapes and has never seen a model's
 picture. Letters: N pictures, B a batch of them."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
 
 import fid
 import sample
@@ -226,7 +230,7 @@ def score_prompts(model, count=320, cfg=3.0):
 def options():
     """The command line."""
     p = sample.Parser(__doc__)
-    p.add_argument("ckpt", nargs="+", help="checkpoints to score")
+    p.add_argument("ckpt", nargs="*", help="checkpoints to score")
     p.add(
         "--pictures",
         None,
@@ -247,12 +251,28 @@ def options():
         nargs=2,
         type=sample.number(0, 1),
     )
-    return p.parse_args()
+    p.add("--write", None, "write --num shapes of the seed HELD_OUT to this folder, and exit")
+    p.add("--num", 5000, "how many pictures --write writes", type=sample.whole(1))
+    args = p.parse_args()
+    if bool(args.ckpt) == bool(args.write):
+        raise sample.UserError("give checkpoints to score, or --write FOLDER; see --help")
+    return args
+
+
+def write(folder, count, seed=HELD_OUT):
+    """Shapes of a seed as files, FOLDER/shape/number.png."""
+    for i in tqdm(range(count), "pictures", dynamic_ncols=True):
+        plan = one.plan_shape(i, seed)
+        path = Path(folder, plan.shape, f"{i:06d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(one.draw_shape(plan, 16)).save(path)
 
 
 def main():
     """Score the checkpoints of the command line."""
     args = options()
+    if args.write:
+        return write(args.write, args.num)
     captioned = [path for path in args.ckpt if reads_text(path)]
     for path in captioned:
         print(path)
@@ -261,11 +281,11 @@ def main():
     if not others:
         return
     if args.pictures:
-        sets = [one.Pictures(path, 16) for path in args.pictures]
+        sets = [sample.Pictures(path, 16) for path in args.pictures]
         known, held_out = [
-            (torch.stack([s.read(i) for i in range(len(s))]), s.labels) for s in sets
+            (torch.stack([s.open(i) for i in range(len(s))]), s.labels) for s in sets
         ]
-        names = sets[0].classes
+        names = sets[0].class_names
     else:
         known = shapes(5500, READER)[:2]
         held_out = shapes(1000, HELD_OUT)[:2]
