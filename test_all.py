@@ -1,7 +1,8 @@
 """The tests:  python -m pytest -q test_all.py
 
-Tests compare with a closed form, another implementation or its figures, or a property that must
-hold. """
+They stand in the order of the files, and each begins with what must hold. Tests compare with a
+closed form, another implementation or its figures, or a property that must hold.
+"""
 
 import argparse
 import ast
@@ -50,16 +51,19 @@ from docs import bench, experiment, lesson, score
 from docs.tour import tour
 from sample import RepTok
 
+
+# ---- For several sections: weights and pictures as functions of their names
 HERE = Path(sample.__file__).parent
 TINY = dict(width=32, depth=2, heads=2, patch=4, mapping=16)
 
 
-# ---- Weights and pictures as functions of their names; scripts as functions
 def draws(name):
+    """Random numbers that depend on the name alone."""
     return np.random.RandomState(zlib.crc32(name.encode()))
 
 
-def uniform(name, shape):  # float32, mean 0, variance 1
+def uniform(name, shape):
+    """A tensor of float32, mean 0, variance 1, that depends on its name."""
     return torch.from_numpy(
         np.asarray((draws(name).random_sample(tuple(shape)) * 2 - 1) * 3**0.5, np.float32)
     )
@@ -94,10 +98,12 @@ def seeded(name, shape, gain=1.0, salt=""):
 
 
 def official(shapes, salt=""):
+    """Weights of these names and shapes: {name: tensor}."""
     return {name: seeded(name, shape, salt=salt) for name, shape in shapes.items()}
 
 
-def shapes_of(kind, **settings):  # names and shapes of the tensors of a module
+def shapes_of(kind, **settings):
+    """Names and shapes of the tensors of a module."""
     with torch.device("meta"):
         return {
             name: tuple(tensor.shape)
@@ -124,11 +130,12 @@ def picture(name, batch, height, width):
 
 
 def near(ours, figures, tolerance=2e-5):
+    """No number of `ours` is further than `tolerance` from the figures."""
     assert (ours - torch.as_tensor(figures)).abs().max() < tolerance, (ours, figures)
 
 
-# The bytes of such a file: the length of the header, the header, the tensors.
 def safetensors(tensors, align=1):
+    """The bytes of such a file: the length of the header, the header, the tensors."""
     names = {dtype: name for name, dtype in tok.DTYPES.items()}
     entries, data = {}, bytearray()
     for name, tensor in tensors.items():
@@ -144,121 +151,12 @@ def safetensors(tensors, align=1):
     return len(header).to_bytes(8, "little") + header + data
 
 
-def inside(script, *args):
-    """Run a script of the project in this process, which spares the seconds of a start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, args)])
-        # The trainers' handlers would outlive them.
-        patch.setattr(signal, "signal", lambda *_: None)
-        sample.guarded(sys.modules[script.removesuffix(".py")].main)
+def normalised(x, kind=tok.IMAGENET):
+    """Images in [-1,1] as an encoder of that kind takes them."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in kind)
+    return ((x + 1) / 2 - mean) / std
 
 
-def refusal(script, args, capsys):
-    """The one line with which a script, run in this process, refuses its arguments with status
-    2."""
-    capsys.readouterr()  # what was said before
-    with pytest.raises(SystemExit) as stop:
-        inside(script, *args)
-    lines = [
-        line
-        for line in capsys.readouterr().err.splitlines()
-        if line.strip() and not re.search("it/s|s/it", line)
-    ]
-    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: error: "), (
-        lines
-    )
-    return lines[0]
-
-
-def refuses(words, call, *args, **options):  # the call raises a UserError that says `words`
-    with pytest.raises(sample.ERRORS, match=words):
-        call(*args, **options)
-
-
-# ---- The files: width, one statement a line, imports one way
-SOURCES = [
-    "tokenizer.py",
-    "decoder.py",
-    "mixer.py",
-    "fid.py",
-    "sample.py",
-    "train_stage1.py",
-    "train_stage2.py",
-]
-
-
-@pytest.mark.parametrize("file", [*SOURCES, "test_all.py"])
-def test_lines_are_short(file):
-    lines = (HERE / file).read_text().splitlines()
-    assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == []
-
-
-@pytest.mark.parametrize("file", [*SOURCES, "test_all.py"])
-def test_one_statement_a_line(file):
-    text, wrong = (HERE / file).read_bytes(), []
-    for node in ast.walk(ast.parse(text)):
-        value = getattr(node, "value", None)
-        if (
-            isinstance(node, ast.stmt)
-            and text.splitlines()[node.lineno - 1][: node.col_offset].strip()
-        ):
-            wrong.append(f"{node.lineno}: not the first on its line")
-        if isinstance(node, ast.Expr) and isinstance(value, (ast.Tuple, ast.BoolOp, ast.IfExp)):
-            wrong.append(f"{node.lineno}: several in one expression")
-        pair = (
-            isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Tuple)
-            and isinstance(value, ast.Tuple)
-        )
-        if file in SOURCES and (
-            pair or isinstance(node, ast.Assign) and isinstance(value, ast.Lambda)
-        ):
-            wrong.append(f"{node.lineno}: two assignments, or a lambda with a name")
-    assert wrong == []
-
-
-@pytest.mark.parametrize("file", SOURCES)
-def test_imports_go_one_way(file):
-    """At the top of the file, and only from the files before it; the first four stand alone."""
-    tree = ast.parse((HERE / file).read_text())
-    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = {
-        getattr(node, "module", None) or alias.name for node in imports for alias in node.names
-    }
-    number = SOURCES.index(file)
-    packages = ["torch"] if number < 3 else ["torch", "numpy", "PIL", "scipy", "tqdm"]
-    before = [name.removesuffix(".py") for name in SOURCES[:number]] if number > 3 else []
-    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, *packages, *before}
-    assert [node.lineno for node in imports if node not in tree.body] == []
-
-
-# ---- Flow and sampler
-def test_euler_follows_an_analytic_flow():
-    """dx/dt = -x has x(1) = x(0) (1 - 1/n)^n under n Euler steps, and e^-1 x(0) in the limit; t
-    runs 0, 1/n, ..."""
-    times = []
-
-    def velocity(x, t):
-        times.append(t.item())
-        return -x
-
-    assert torch.allclose(dec.euler(velocity, torch.ones(3), 10), torch.full((3,), 0.9**10))
-    assert np.allclose(times, np.arange(10) / 10)
-    assert abs(dec.euler(velocity, torch.ones(1), 4000).item() - math.exp(-1)) < 1e-4
-
-
-def test_gaussian_flow_has_the_right_end(m=1.5, s=0.3):
-    """Noise N(0,1), data N(m, s^2): the marginal velocity is known, and its ODE carries noise n to
-    m + s n."""
-
-    def velocity(x, t):
-        return m + (t * s**2 - (1 - t)) / ((1 - t) ** 2 + (t * s) ** 2) * (x - t * m)
-
-    n = torch.linspace(-2, 2, 9)
-    assert torch.allclose(dec.euler(velocity, n, 2000), m + s * n, atol=5e-3)
-
-
-# ---- Decoder
 def busy(module):
     """Random weights everywhere, zero starts included; the scales, which are positive, stay."""
     for name, p in module.named_parameters():
@@ -267,247 +165,41 @@ def busy(module):
     return module
 
 
-def test_fourier_features_read_the_time_of_the_paper():
-    """With zero blocks and a plain in_proj the condition is sqrt(2) [cos(2 pi f t), sin(2 pi f t)],
-    t=0 the noise."""
-    m = dec.Decoder(3, 16, token_dim=24, **TINY).mapping
-    nn.init.eye_(m.in_proj.weight)
-    t = torch.tensor([0.0, 0.1, 0.35, 1.0])
-    angles = 2 * np.pi * t.double().numpy()[:, None] * m.freqs.double().numpy()[:, 0]
-    near(m(t), 2**0.5 * np.concatenate([np.cos(angles), np.sin(angles)], 1))
-
-
-def test_decoder_starts_as_zero_and_every_block_as_the_identity():
-    d = dec.Decoder(3, 16, token_dim=24, **TINY)
-    x, z = torch.randn(2, 17, 32), torch.randn(2, 1, 24)
-    assert all(torch.equal(block(x, torch.randn(2, 16), d.rotary(4)), x) for block in d.blocks)
-    assert d(torch.randn(2, 3, 16, 16), torch.rand(2), z).abs().max() == 0
-    assert torch.equal(d.project(z), F.pad(z, (0, 8)))  # a token enters as itself
-
-
-def test_a_decoder_narrower_than_the_token():
-    """Only LayerNorm(Linear(z)) enters, and its start lets the gradient through to the token."""
-    d = dec.Decoder(3, 16, token_dim=40, **TINY)
-    z = torch.randn(2, 1, 40, requires_grad=True)
-    linear = z.detach() @ d.token_fc.weight.T + d.token_fc.bias
-    var, mean = torch.var_mean(linear, -1, correction=0, keepdim=True)
-    assert torch.allclose(d.project(z), (linear - mean) / (var + 1e-5).sqrt(), atol=1e-5)
-    (d.project(z) * torch.randn(32)).sum().backward()
-    assert z.grad.abs().min() > 0
-
-
-def test_decoder_that_predicts_data():
-    """The same network, read as data: v points to it and is finite at t=1; Euler steps, few or
-    many, end at it."""
-    d = busy(dec.Decoder(3, 16, token_dim=24, predict="data", t_max=0.9, **TINY))
-    v = dec.Decoder(**{**d.config, "predict": "velocity"})
-    v.load_state_dict(d.state_dict())
-    x, z, t = torch.randn(4, 3, 16, 16), torch.randn(4, 1, 24), torch.tensor([0.0, 0.2, 0.5, 0.9])
-    assert torch.allclose(x + (1 - t)[:, None, None, None] * d(x, t, z), v(x, t, z), atol=1e-5)
-    assert d(x, torch.ones(4), z).isfinite().all()
-    d.zero_init()
-    assert all(
-        dec.euler(lambda x_t, t: d(x_t, t, z), x, steps).abs().max() < 1e-5
-        for steps in (20, 50, 250)
-    )
-    with pytest.raises(ValueError, match="predict"):
-        dec.Decoder(predict="noise")
-
-
-def test_the_largest_time_that_the_network_is_told():
-    d = busy(dec.Decoder(3, 16, token_dim=24, t_max=0.9, **TINY))
-    x, z = torch.randn(4, 3, 16, 16), torch.randn(4, 1, 24)
-    early, last, late = (d(x, torch.tensor([t]), z) for t in (0.8, 0.9, 0.98))
-    assert torch.equal(last, late) and not torch.allclose(early, last, atol=1e-3)
-
-
-def test_decoder_attention_against_float64_formulas():
-    """Cosine attention with axial RoPE, written out with loops and complex numbers."""
-    torch.manual_seed(0)
-    d = busy(dec.Decoder(3, 8, token_dim=24, **TINY)).double()
-    attn = d.blocks[0].attn
-    attn.scale.data = torch.tensor([4.0, 9.0]).double()
-    x = torch.randn(1, 5, 32).double()
-    q, k, v = attn.qkv_proj(x)[0].view(5, 3, 2, 16).unbind(1)
-    # The token, then rows first.
-    centres = [(0.0, 0.0), (-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)]
-    freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), 5)[:-1].exp().double()
-    out = torch.zeros(5, 2, 16).double()
-    for h, s in ((0, 4.0), (1, 9.0)):
-
-        def turned(u, n):
-            u = u[n, h] * s**0.5 / (u[n, h].square().sum() + 1e-6).sqrt()
-            theta = torch.cat(
-                [centres[n][0] * freqs[[h, 2 + h]], centres[n][1] * freqs[[h, 2 + h]]]
-            )
-            pair = torch.complex(u[:4], u[4:8]) * torch.polar(torch.ones(4).double(), theta)
-            return torch.cat([pair.real, pair.imag, u[8:]])
-
-        for n in range(5):
-            weight = torch.stack([turned(q, n) @ turned(k, j) for j in range(5)]).softmax(0)
-            out[n, h] = sum(weight[j] * v[j, h] for j in range(5))
-    assert torch.allclose(attn(x, d.rotary(2)), attn.out_proj(out.view(1, 5, 32)), atol=1e-5)
-
-
-def test_decoder_batch_invariance_time_and_tokens():
-    d = busy(dec.Decoder(3, 16, token_dim=24, K=3, **TINY))
-    x, z, t = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 24), torch.tensor([0.3])
-    whole = d(x, t, z)
-    assert torch.allclose(
-        whole, torch.cat([d(x[i : i + 1], t, z[i : i + 1]) for i in range(4)]), atol=1e-5
-    )
-    assert (whole - d(x, torch.tensor([0.31]), z)).abs().max() > 1e-4
-    assert (whole - d(x, t, z.flip(1))).abs().max() > 1e-4  # the K tokens are told apart
-    refuses("patches", dec.Decoder, size=30, patch=4)
-
-
-def test_autocast_keeps_times_apart():
-    """bfloat16 has 8 bits: it would leave 129 of the times from 0.5 to 1, and round 1 + the scales
-    of the norms."""
-    torch.manual_seed(0)
-    norm, times = dec.RMSNorm(32, 16), torch.linspace(0, 1, 5000)
-    x, c = torch.randn(4, 5, 32), torch.randn(4, 16)
-    want = x / x.square().mean(-1, keepdim=True).sqrt() * (1 + c @ norm.linear.weight.T)[:, None]
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.allclose(norm(x, c), want, atol=1e-4)
-    for embed in (dec.Decoder(3, 16, token_dim=24, **TINY).mapping, mix.TimeEmbedding(24, 1000.0)):
-        exact = embed(times)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(embed(times), exact) and len(exact.unique(dim=0)) == 5000
-
-
-def test_attention_keeps_q_and_k_once():
-    """Kept for the backward pass: x, q, k, v and the output in bfloat16, q and k in float32 once,
-    their lengths."""
-    attention, x = dec.Attention(64, 2), torch.randn(4, 100, 64)
-    rotary = torch.rand(100, 2, 8), torch.rand(100, 2, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        one_more = bench.kept_bytes(lambda: attention(x, rotary)) - bench.kept_bytes(
-            lambda: attention(x[:3], rotary)
-        )
-    assert one_more <= 24 * 100 * 64
-
-
-def test_checkpointing_gives_the_same_gradients():
-    t, d = tok.Tokenizer(tiny_vit()), busy(dec.Decoder(3, 16, token_dim=32, **TINY))
-    x, calls, gradients = torch.rand(2, 3, 16, 16), [], []
-    trained = [t.embedding, *d.parameters()]
-    for block in (t.vit.blocks[0], d.blocks[0]):
-        block.register_forward_pre_hook(lambda *_: calls.append(1))
-    for t.vit.checkpointing in (False, True):
-        d.checkpointing = t.vit.checkpointing
-        gradients.append(
-            torch.autograd.grad(d(x, torch.full((1,), 0.3), t(x)).square().mean(), trained)
-        )
-    assert len(calls) == 2 + 4  # each block runs twice the second time
-    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients))
-
-
-# ---- Tokenizer
 def tiny_vit():
+    """A ViT with two registers, always of the same weights."""
     torch.manual_seed(1)
     return tok.ViT(width=32, depth=2, heads=2, registers=2)
 
 
-@pytest.mark.parametrize("token, positions", [("cls", [0]), ("reg", [2]), ("all", [0, 1, 2])])
-def test_only_the_read_tokens_are_trained(token, positions):
-    t, x = tok.Tokenizer(tiny_vit(), token, reg_index=1), torch.rand(3, 3, 20, 17) * 2 - 1
-    z = t(x)
-    assert z.shape == (3, len(positions), 32) and torch.equal(z, t.z0(x))  # before training z = z0
-    (z.square().sum() + tok.cosine_loss(z, torch.randn_like(z)).sum()).backward()
-    assert [name for name, p in t.named_parameters() if p.grad is not None] == ["embedding"]
-    assert t.embedding.grad.abs().min() > 0
-    t.embedding.data *= 2
-    assert not torch.allclose(t(x), t.z0(x)) and torch.equal(t.z0(x), z.detach())  # z0 stays
-    assert torch.equal(z, t.vit(t.normalise(x))[:, positions])
+# ---- For several sections: layouts of published weights, and a small CLIP
+def rewritten(name, table):
+    """The name after every (pattern, replacement)."""
+    return functools.reduce(lambda name, pair: re.sub(*pair, name), table, name)
 
 
-def test_unfreezing_all_keeps_the_original_for_z0():
-    t, x = tok.Tokenizer(tiny_vit(), unfreeze="all"), torch.rand(2, 3, 16, 16) * 2 - 1
-    z0 = t.z0(x)
-    t(x).square().sum().backward()
-    assert all((p.grad is not None) == p.requires_grad for p in t.parameters())
-    for p in t.parameters():
-        p.data += 0.1 * p.requires_grad
-    assert torch.equal(t.z0(x), z0) and not torch.allclose(t(x), z0)
-    assert not any(p.requires_grad for p in tok.Tokenizer(tiny_vit(), unfreeze="none").parameters())
-    refuses("register", tok.Tokenizer, tok.ViT(), "reg")
+def renamed(tensors, table):
+    """Another layout of the same weights: new names; CLIP's q, k and v apart, and its projections
+    transposed."""
+    out = {}
+    for name, tensor in tensors.items():
+        name = rewritten(name, table)
+        if "qkv" in name:
+            for part, rows in zip("qkv", tensor.chunk(3)):
+                out[name.replace("qkv", f"{part}_proj")] = rows
+        else:
+            out[name] = tensor.T.contiguous() if "_projection.weight" in name else tensor
+    return out
 
 
-def test_resizing():
-    """Images: crop, pool, keep constants. Position embeddings: those of now. All is one graph for
-    --compile."""
-    x = torch.zeros(1, 3, 40, 70)
-    x[..., 15:55] = 1  # the centre square alone
-    assert torch.equal(tok.resize(x, 16), torch.ones(1, 3, 16, 16))
-    y = torch.rand(1, 3, 32, 32)
-    assert torch.allclose(tok.resize(y, 16), F.avg_pool2d(y, 2)) and torch.equal(
-        tok.resize(y, 32), y
-    )
-    vit = tiny_vit().requires_grad_(False)
-    first = vit.patch_positions(3, 5)
-    assert first.shape == (1, 15, 32) and vit.patch_positions(4, 4).shape == (1, 16, 32)
-    vit.pos_embed.add_(1)
-    assert torch.allclose(vit.patch_positions(3, 5), first + 1, atol=1e-5)
-    vit.pixels = 32  # its positions have to be resized
-    tokenizer = tok.Tokenizer(vit)
-    assert torch.equal(torch.compile(tokenizer, backend="eager", fullgraph=True)(y), tokenizer(y))
+def table_of(prefix, text):
+    """{"prefix.a": (2, 3), "prefix.b": (2,)} of the prefix "prefix." and the text "a 2x3 b 2"."""
+    words = text.split()
+    return {
+        prefix + name: tuple(map(int, shape.split("x")))
+        for name, shape in zip(words[::2], words[1::2])
+    }
 
 
-def test_losses_have_their_closed_forms():
-    a = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[2.0, 0.0]]])
-    b = torch.tensor([[[0.0, 5.0]], [[-3.0, 0.0]], [[1.0, 1.0]]])
-    assert torch.allclose(tok.cosine_loss(a, b), torch.tensor([1.0, 2.0, 1 - 0.5**0.5]))
-    ones = torch.ones(4, 3)  # all embeddings equal: log(2B-1)
-    assert torch.allclose(tok.contrastive_loss(ones, ones), torch.tensor(7.0).log())
-    e = torch.eye(4)  # partners equal, others orthogonal: the softmax is known
-    assert torch.allclose(
-        tok.contrastive_loss(e, e, 0.5), torch.tensor(math.log(math.e**2 + 6) - 2), atol=1e-5
-    )
-
-
-# ---- Mixer
-def test_mixer_layers_start_as_the_identity_and_widths_are_not_swapped():
-    m = mix.Mixer(K=2, D=8, hidden=16, depth=2, num_classes=5, token_hidden=7, channel_hidden=11)
-    x, first = torch.randn(3, 4, 16), m.layers[0]
-    assert all(torch.equal(layer(x), x) for layer in m.layers)
-    assert first.tokens.up.weight.shape == (7, 4) and first.channels.up.weight.shape == (11, 16)
-    with torch.device("meta"):
-        millions = [
-            sum(p.numel() for p in mix.Mixer(channel_hidden=n * 1280).parameters()) / 1e6
-            for n in (3, 4)
-        ]
-    # The paper: 276 without embeddings; 4 x hidden.
-    assert abs(millions[0] - 279) < 1 and 365 < millions[1] < 373
-
-
-def test_guidance():
-    m = busy(mix.Mixer(K=1, D=8, hidden=16, depth=2, num_classes=5))
-    z, c = torch.randn(3, 1, 8), torch.tensor([0, 1, 4])
-    middle, outside, end = torch.tensor([[0.5], [0.2], [0.7]])
-    plain, null = m(z, middle, c), m(z, middle, torch.full((3,), 5))
-    guided = mix.guided(m, c, scale=2.0, interval=(0.3, 0.9))
-    assert torch.allclose(guided(z, middle), null + 2 * (plain - null), atol=1e-5)
-    assert torch.equal(mix.guided(m, c, scale=1.0)(z, middle), plain)
-    assert torch.equal(guided(z, outside), m(z, outside, c))
-    # The ends belong to the interval, though .7 is no float32.
-    for ends in ((0.7, 0.9), (0.1, 0.7)):
-        assert not torch.allclose(
-            mix.guided(m, c, scale=2.0, interval=ends)(z, end), m(z, end, c), atol=1e-4
-        )
-
-
-# ---- Published files: figures that the official implementations gave for weights and pictures
-# of these names
-VIT = {
-    "width": 96,
-    "depth": 3,
-    "heads": 3,
-    "hidden": 384,
-    "patch": 14,
-    "grid": 9,
-    "layer_scale": True,
-}
 HF_CLIP = [
     ("^visual.proj", "visual_projection.weight"),
     ("^text_projection", "text_projection.weight"),
@@ -528,79 +220,10 @@ HF_CLIP = [
 ]
 
 
-def rewritten(name, table):  # the name after every (pattern, replacement)
-    return functools.reduce(lambda name, pair: re.sub(*pair, name), table, name)
-
-
-def renamed(tensors, table):
-    """Another layout of the same weights: new names; CLIP's q, k and v apart, and its projections
-    transposed."""
-    out = {}
-    for name, tensor in tensors.items():
-        name = rewritten(name, table)
-        if "qkv" in name:
-            for part, rows in zip("qkv", tensor.chunk(3)):
-                out[name.replace("qkv", f"{part}_proj")] = rows
-        else:
-            out[name] = tensor.T.contiguous() if "_projection.weight" in name else tensor
-    return out
-
-
-def normalised(x, kind=tok.IMAGENET):
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in kind)
-    return ((x + 1) / 2 - mean) / std
-
-
-# {(height, width): (class token [1,:3], last patch [1,-1,:2])}.
-@pytest.mark.parametrize(
-    "registers, figures",
-    [
-        (
-            0,
-            {
-                (126, 126): ([1.3909583, -0.6111237, 0.9246164], [1.0020436, -0.2605651]),
-                (56, 56): ([1.038504, -0.7463139, 1.0393908], [0.2235843, 0.3490676]),
-                (182, 140): ([2.0131795, -0.4523501, 0.7861331], [1.5738912, -0.1345164]),
-                (70, 98): ([1.069735, -0.8705731, 1.6015197], [1.5155047, 0.2929357]),
-            },
-        ),
-        (
-            4,
-            {
-                (126, 126): ([1.4405926, -0.5822288, 0.9463598], [0.9992852, -0.2280324]),
-                (56, 56): ([1.2834781, -0.5669176, 1.1057715], [0.6126821, 0.5377855]),
-                (182, 140): ([2.0196564, -0.440992, 0.8076234], [1.6081079, -0.1249322]),
-                (70, 98): ([1.3624084, -0.7944974, 1.3052913], [1.3705868, 0.3859628]),
-            },
-        ),
-    ],
-)
-def test_dinov2(tmp_path, registers, figures):
-    """The official code with its two ways to resize position embeddings."""
-    weights = official({**shapes_of(tok.ViT, **VIT, registers=registers), "mask_token": (1, 96)})
-    torch.save(weights, tmp_path / "a.pth")
-    vit = tok.load_encoder(tmp_path / "a.pth")
-    assert vit.pixels == 224 and not any(p.requires_grad for p in vit.parameters())
-    for size, (cls, patch) in figures.items():
-        tokens = vit(normalised(picture(f"tiny-{size[0]}x{size[1]}", 2, *size)))
-        near(tokens[1, 0, :3], cls)
-        near(tokens[1, -1, :2], patch)
-
-
-def test_mae(tmp_path):
-    weights = official(shapes_of(tok.ViT, **{**VIT, "patch": 16, "grid": 4, "layer_scale": False}))
-    others = {"decoder_embed.weight": torch.zeros(3, 3), "mask_token": torch.zeros(1, 1, 8)}
-    torch.save({"model": weights | others}, tmp_path / "a.pth")
-    tokens = tok.load_encoder(tmp_path / "a.pth")(normalised(picture("tiny-mae", 2, 64, 64)))
-    near(tokens[1, 0, :4], [1.207941, -0.4187583, 1.3290678, 0.8449023])
-
-
-def table_of(prefix, text):
-    """{"prefix.a": (2, 3), "prefix.b": (2,)} of the prefix "prefix." and the text "a 2x3 b 2"."""
-    words = text.split()
-    return {
-        prefix + name: tuple(map(int, shape.split("x")))
-        for name, shape in zip(words[::2], words[1::2])
+def hugging_face(weights):
+    """CLIP in the layout that is read."""
+    return renamed(weights, HF_CLIP) | {
+        "text_model.embeddings.position_ids": torch.arange(77)[None]
     }
 
 
@@ -632,15 +255,315 @@ def clip_shapes(width=128, text=64, depth=2):
     return shapes
 
 
-def hugging_face(weights):  # CLIP in the layout that is read
-    return renamed(weights, HF_CLIP) | {
-        "text_model.embeddings.position_ids": torch.arange(77)[None]
+# Ids 512..517, start 518, end 519.
+MERGES = ["c a", "ca t</w>", "t h", "th e</w>", "a t</w>", "Ã ©</w>"]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """The vocabulary of MERGES."""
+    path = tmp_path_factory.mktemp("bpe") / "vocab.gz"
+    path.write_bytes(gzip.compress("\n".join(["header", *MERGES, ""]).encode()))
+    return tok.BPE(path)
+
+
+@pytest.fixture(scope="module")
+def small_clip(tmp_path_factory, bpe):
+    """A tiny CLIP whose text tower knows `bpe`, and that vocabulary: two paths."""
+    folder = tmp_path_factory.mktemp("clip")
+    weights = official({**clip_shapes(), "token_embedding.weight": (bpe.size, 64)})
+    torch.save(hugging_face(weights), folder / "clip.bin")
+    (folder / "vocab.gz").write_bytes(bpe.file)
+    return folder / "clip.bin", folder / "vocab.gz"
+
+
+# ---- For several sections: scripts as functions and as processes, and what they say
+def inside(script, *args):
+    """Run a script of the project in this process, which spares the seconds of a start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, args)])
+        # The trainers' handlers would outlive them.
+        patch.setattr(signal, "signal", lambda *_: None)
+        sample.guarded(sys.modules[script.removesuffix(".py")].main)
+
+
+def refusal(script, args, capsys):
+    """The one line with which a script, run in this process, refuses its arguments with status
+    2."""
+    capsys.readouterr()  # what was said before
+    with pytest.raises(SystemExit) as stop:
+        inside(script, *args)
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.strip() and not re.search("it/s|s/it", line)
+    ]
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"{script}: error: "), (
+        lines
+    )
+    return lines[0]
+
+
+def refuses(words, call, *args, **options):
+    """The call raises a UserError that says `words`."""
+    with pytest.raises(sample.ERRORS, match=words):
+        call(*args, **options)
+
+
+def launch(script, *args, world=1):
+    """A script as a process, or as `world` processes under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "--"]
+    line = [sys.executable, *(torchrun if world > 1 else []), str(HERE / script), *map(str, args)]
+    return subprocess.Popen(
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finished(process):
+    """Wait for a run that must end well."""
+    output = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+
+
+# ---- For several sections: both stages, trained once
+QUICK1 = [
+    "--pretrain-steps",
+    2,
+    "--steps",
+    6,
+    "--batch",
+    8,
+    "--log-every",
+    1,
+    "--save-every",
+    3,
+    "--device",
+    "cpu",
+]
+QUICK2 = ["--steps", 6, "--batch", 8, "--log-every", 1, "--save-every", 3, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of both stages, a few steps, on forty shapes written to files."""
+    root = tmp_path_factory.mktemp("trained")
+    inside("train_stage1.py", "--write-data", root / "data", "--num", 40)
+    inside("train_stage1.py", "--data", root / "data", "--out", root / "out", *QUICK1)
+    inside("train_stage2.py", "--data", root / "data", "--out", root / "out", *QUICK2)
+    return root
+
+
+def losses(path):
+    """{step: loss} of a log."""
+    return {
+        row["step"]: row["loss"] for row in map(json.loads, Path(path).read_text().splitlines())
     }
 
 
+def pixels_of(pictures, numbers):
+    """The pictures of these numbers as images in [-1,1]."""
+    return sample.to_float(torch.stack([pictures[i][0] for i in numbers]))
+
+
+# ---- The form of the files: width, one statement a line, imports one way
+SOURCES = [
+    "tokenizer.py",
+    "decoder.py",
+    "mixer.py",
+    "fid.py",
+    "sample.py",
+    "train_stage1.py",
+    "train_stage2.py",
+]
+
+
+@pytest.mark.parametrize("file", [*SOURCES, "test_all.py"])
+def test_lines_are_short(file):
+    """No line of a file is longer than 100 characters."""
+    lines = (HERE / file).read_text().splitlines()
+    assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("file", [*SOURCES, "test_all.py"])
+def test_one_statement_a_line(file):
+    """Every statement stands on a line of its own.
+
+    No expression statement holds several; in the program's files no assignment pairs two tuples or
+    gives a lambda a name."""
+    text, wrong = (HERE / file).read_bytes(), []
+    for node in ast.walk(ast.parse(text)):
+        value = getattr(node, "value", None)
+        if (
+            isinstance(node, ast.stmt)
+            and text.splitlines()[node.lineno - 1][: node.col_offset].strip()
+        ):
+            wrong.append(f"{node.lineno}: not the first on its line")
+        if isinstance(node, ast.Expr) and isinstance(value, (ast.Tuple, ast.BoolOp, ast.IfExp)):
+            wrong.append(f"{node.lineno}: several in one expression")
+        pair = (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Tuple)
+            and isinstance(value, ast.Tuple)
+        )
+        if file in SOURCES and (
+            pair or isinstance(node, ast.Assign) and isinstance(value, ast.Lambda)
+        ):
+            wrong.append(f"{node.lineno}: two assignments, or a lambda with a name")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("file", SOURCES)
+def test_imports_go_one_way(file):
+    """A file imports at its top, and of the project only the files before it.
+
+    The first four stand alone, and the first three need no package but torch."""
+    tree = ast.parse((HERE / file).read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {
+        getattr(node, "module", None) or alias.name for node in imports for alias in node.names
+    }
+    number = SOURCES.index(file)
+    packages = ["torch"] if number < 3 else ["torch", "numpy", "PIL", "scipy", "tqdm"]
+    before = [name.removesuffix(".py") for name in SOURCES[:number]] if number > 3 else []
+    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, *packages, *before}
+    assert [node.lineno for node in imports if node not in tree.body] == []
+
+
+# ---- tokenizer.py: the read tokens, resizing, losses
+@pytest.mark.parametrize("token, positions", [("cls", [0]), ("reg", [2]), ("all", [0, 1, 2])])
+def test_only_the_read_tokens_are_trained(token, positions):
+    """Only the embedding of the read tokens is trained; z starts as z0, and z0 stays as it was."""
+    t, x = tok.Tokenizer(tiny_vit(), token, reg_index=1), torch.rand(3, 3, 20, 17) * 2 - 1
+    z = t(x)
+    assert z.shape == (3, len(positions), 32) and torch.equal(z, t.z0(x))  # before training z = z0
+    (z.square().sum() + tok.cosine_loss(z, torch.randn_like(z)).sum()).backward()
+    assert [name for name, p in t.named_parameters() if p.grad is not None] == ["embedding"]
+    assert t.embedding.grad.abs().min() > 0
+    t.embedding.data *= 2
+    assert not torch.allclose(t(x), t.z0(x)) and torch.equal(t.z0(x), z.detach())  # z0 stays
+    assert torch.equal(z, t.vit(t.normalise(x))[:, positions])
+
+
+def test_unfreezing_all_keeps_the_original_for_z0():
+    """With unfreeze="all" every trainable weight gets a gradient, and z0 stays the original's.
+
+    With "none" nothing is trainable; registers of a ViT that has none are refused."""
+    t, x = tok.Tokenizer(tiny_vit(), unfreeze="all"), torch.rand(2, 3, 16, 16) * 2 - 1
+    z0 = t.z0(x)
+    t(x).square().sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in t.parameters())
+    for p in t.parameters():
+        p.data += 0.1 * p.requires_grad
+    assert torch.equal(t.z0(x), z0) and not torch.allclose(t(x), z0)
+    assert not any(p.requires_grad for p in tok.Tokenizer(tiny_vit(), unfreeze="none").parameters())
+    refuses("register", tok.Tokenizer, tok.ViT(), "reg")
+
+
+def test_resizing():
+    """Images are cut to their central square and averaged; position embeddings stay up to date.
+
+    Constants stay, and so do images of the right size. Position embeddings are those of now. All is
+    one graph for --compile."""
+    x = torch.zeros(1, 3, 40, 70)
+    x[..., 15:55] = 1  # the centre square alone
+    assert torch.equal(tok.resize(x, 16), torch.ones(1, 3, 16, 16))
+    y = torch.rand(1, 3, 32, 32)
+    assert torch.allclose(tok.resize(y, 16), F.avg_pool2d(y, 2)) and torch.equal(
+        tok.resize(y, 32), y
+    )
+    vit = tiny_vit().requires_grad_(False)
+    first = vit.patch_positions(3, 5)
+    assert first.shape == (1, 15, 32) and vit.patch_positions(4, 4).shape == (1, 16, 32)
+    vit.pos_embed.add_(1)
+    assert torch.allclose(vit.patch_positions(3, 5), first + 1, atol=1e-5)
+    vit.pixels = 32  # its positions have to be resized
+    tokenizer = tok.Tokenizer(vit)
+    assert torch.equal(torch.compile(tokenizer, backend="eager", fullgraph=True)(y), tokenizer(y))
+
+
+def test_losses_have_their_closed_forms():
+    """The cosine and the contrastive loss have the values of their closed forms."""
+    a = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[2.0, 0.0]]])
+    b = torch.tensor([[[0.0, 5.0]], [[-3.0, 0.0]], [[1.0, 1.0]]])
+    assert torch.allclose(tok.cosine_loss(a, b), torch.tensor([1.0, 2.0, 1 - 0.5**0.5]))
+    ones = torch.ones(4, 3)  # all embeddings equal: log(2B-1)
+    assert torch.allclose(tok.contrastive_loss(ones, ones), torch.tensor(7.0).log())
+    e = torch.eye(4)  # partners equal, others orthogonal: the softmax is known
+    assert torch.allclose(
+        tok.contrastive_loss(e, e, 0.5), torch.tensor(math.log(math.e**2 + 6) - 2), atol=1e-5
+    )
+
+
+# ---- tokenizer.py: published encoders, against figures of their own code
+VIT = {
+    "width": 96,
+    "depth": 3,
+    "heads": 3,
+    "hidden": 384,
+    "patch": 14,
+    "grid": 9,
+    "layer_scale": True,
+}
+
+
+# {(height, width): (class token [1,:3], last patch [1,-1,:2])}.
+@pytest.mark.parametrize(
+    "registers, figures",
+    [
+        (
+            0,
+            {
+                (126, 126): ([1.3909583, -0.6111237, 0.9246164], [1.0020436, -0.2605651]),
+                (56, 56): ([1.038504, -0.7463139, 1.0393908], [0.2235843, 0.3490676]),
+                (182, 140): ([2.0131795, -0.4523501, 0.7861331], [1.5738912, -0.1345164]),
+                (70, 98): ([1.069735, -0.8705731, 1.6015197], [1.5155047, 0.2929357]),
+            },
+        ),
+        (
+            4,
+            {
+                (126, 126): ([1.4405926, -0.5822288, 0.9463598], [0.9992852, -0.2280324]),
+                (56, 56): ([1.2834781, -0.5669176, 1.1057715], [0.6126821, 0.5377855]),
+                (182, 140): ([2.0196564, -0.440992, 0.8076234], [1.6081079, -0.1249322]),
+                (70, 98): ([1.3624084, -0.7944974, 1.3052913], [1.3705868, 0.3859628]),
+            },
+        ),
+    ],
+)
+def test_dinov2(tmp_path, registers, figures):
+    """The ViT gives the figures of DINOv2's own code, with and without registers, at any size.
+
+    The official code has two ways to resize position embeddings; the figures are of both."""
+    weights = official({**shapes_of(tok.ViT, **VIT, registers=registers), "mask_token": (1, 96)})
+    torch.save(weights, tmp_path / "a.pth")
+    vit = tok.load_encoder(tmp_path / "a.pth")
+    assert vit.pixels == 224 and not any(p.requires_grad for p in vit.parameters())
+    for size, (cls, patch) in figures.items():
+        tokens = vit(normalised(picture(f"tiny-{size[0]}x{size[1]}", 2, *size)))
+        near(tokens[1, 0, :3], cls)
+        near(tokens[1, -1, :2], patch)
+
+
+def test_mae(tmp_path):
+    """The ViT gives the figures of MAE's own code, though the file holds a decoder as well."""
+    weights = official(shapes_of(tok.ViT, **{**VIT, "patch": 16, "grid": 4, "layer_scale": False}))
+    others = {"decoder_embed.weight": torch.zeros(3, 3), "mask_token": torch.zeros(1, 1, 8)}
+    torch.save({"model": weights | others}, tmp_path / "a.pth")
+    tokens = tok.load_encoder(tmp_path / "a.pth")(normalised(picture("tiny-mae", 2, 64, 64)))
+    near(tokens[1, 0, :4], [1.207941, -0.4187583, 1.3290678, 0.8449023])
+
+
 def test_clip(tmp_path, capsys):
-    """Image token before the projection, and the text feature of 'a photo of a cat', of OpenAI's
-    code."""
+    """CLIP's image token and text feature are those of OpenAI's own code.
+
+    The image token before the projection, and the text feature of 'a photo of a cat', from Hugging
+    Face's layout; a line says that QuickGELU is taken. OpenAI's layout and registers are
+    refused."""
     weights = official(clip_shapes())
     torch.save(hugging_face(weights), tmp_path / "a.bin")
     (tmp_path / "b.safetensors").write_bytes(safetensors(hugging_face(weights)))
@@ -667,49 +590,11 @@ def test_clip(tmp_path, capsys):
         refuses("a.pt: not .* Hugging Face's layout", read, tmp_path / "a.pt")
 
 
-# The seeds of the figures go by the names in CompVis's own code, which gave them.
-COMPVIS = [
-    (r"down_blocks.(\d)", r"down.\1"),
-    (r"up_blocks.(\d)", lambda found: f"up.{3 - int(found[1])}"),
-    ("mid_block.resnets.0", "mid.block_1"),
-    ("mid_block.resnets.1", "mid.block_2"),
-    ("resnets", "block"),
-    ("mid_block.attentions.0", "mid.attn_1"),
-    ("group_norm", "norm"),
-    ("to_out.0", "proj_out"),
-    ("to_", ""),
-    ("conv_norm_out", "norm_out"),
-    ("conv_shortcut", "nin_shortcut"),
-    ("(down|up)samplers.0", r"\1sample"),
-]
-OLD_DIFFUSERS = [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")]
-
-
-def test_vae_layouts(tmp_path):
-    """Posterior of CompVis's own code, from diffusers' new and old names, .safetensors and .bin."""
-    shapes = shapes_of(dec.VAE, widths=[64, 128, 256, 256])
-    ours = {name: seeded(rewritten(name, COMPVIS), shape) for name, shape in shapes.items()}
-    old = renamed(ours, OLD_DIFFUSERS)
-    (tmp_path / "new.safetensors").write_bytes(safetensors(ours))
-    (tmp_path / "old.safetensors").write_bytes(safetensors(old))
-    torch.save(old, tmp_path / "old.bin")
-    x = picture("vae-32x72", 1, 32, 72)
-    for file in ("new.safetensors", "old.safetensors", "old.bin"):
-        vae = dec.load_vae(tmp_path / file)
-        mean, logvar = vae.posterior(x)
-        near(mean[0, :, 3, 8], [0.1509764, 0.6491106, -0.4958231, 0.9428135])
-        near(logvar[0, :, 1, 2], [-0.5687925, -0.2563109, -0.358317, 0.3784242])
-    noise = torch.randn(mean.shape)
-    latents = vae.sample(*vae.posterior(x), noise)
-    assert torch.allclose(latents, 0.18215 * (mean + (logvar / 2).exp() * noise), atol=1e-6)
-    # Another layout: a sentence, no traceback.
-    torch.save({"state_dict": renamed(ours, COMPVIS)}, tmp_path / "kl.ckpt")
-    refuses("diffusers' layout", dec.load_vae, tmp_path / "kl.ckpt")
-
-
 @torch.no_grad()
 def test_against_transformers(tmp_path):
-    """The very class that CLIP's files come from, where it is installed, with random weights."""
+    """Both towers of CLIP give what transformers' CLIPModel gives, where it is installed.
+
+    The very class that CLIP's files come from, with random weights."""
     hf = pytest.importorskip("transformers")
     size = dict(num_hidden_layers=2, num_attention_heads=2, hidden_size=128, intermediate_size=512)
     image, text = (
@@ -739,8 +624,331 @@ def test_against_transformers(tmp_path):
     near(tower.embed(ids), theirs.text_projection(out.pooler_output))
 
 
+def test_named_weights_are_downloaded_and_offline_says_what_to_do(tmp_path, monkeypatch):
+    """Weights named by a word are downloaded and kept; a failed download says what to do."""
+    weights = official(shapes_of(tok.ViT, **VIT))
+    torch.save(weights, tmp_path / "vit.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setitem(tok.PUBLISHED, "dinov2_vitb14", (tmp_path / "vit.pth").as_uri())
+    assert torch.equal(tok.load_encoder("dinov2_vitb14").cls_token, weights["cls_token"])
+    assert list(tmp_path.rglob("hub/*/checkpoints/vit.pth"))
+    monkeypatch.setitem(tok.PUBLISHED, "mae_vitb16", (tmp_path / "gone.pth").as_uri())
+    refuses("(?s)gone.pth.*file://.*checkpoints", tok.load_encoder, "mae_vitb16")
+
+
+# ---- tokenizer.py: text
+ORDER = [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173]
+
+
+# Want: words that no merge touches as text, ids of merged ones as numbers.
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("", []),
+        ("The  CAT\n", [515, 513]),
+        ("cat é", [513, 517]),
+        ("e\u0301", [517]),
+        ("cat\u2019s", [513, "'s"]),
+        ("42", ["4", "2"]),
+        ("a_b", ["a", "_", "b"]),
+        ("日本", ["日本"]),
+        ("😀👍", ["😀👍"]),
+        ("&amp;amp;amp;", ["&", "amp", ";"]),
+        ("&eacute;&amp;cat", [517, "&", 513]),
+        ("a<|startoftext|>cat<|EndOfText|>", ["a", 518, 513, 519]),
+    ],
+)
+def test_ids(bpe, text, want):
+    """A text becomes its start, the ids of its merged words or else of their bytes, and its end.
+
+    Zeros fill it up to 77. Case, blanks, accents and HTML's entities are made one way first."""
+    ids = [518]
+    for word in want:
+        ids += [word] if isinstance(word, int) else [ORDER.index(b) for b in word.encode()]
+        ids[-1] += 256 * isinstance(word, str)
+    assert bpe.encode(text) == [*ids, 519] and bpe([text])[0].tolist() == [*ids, 519] + [0] * (
+        76 - len(ids)
+    )
+
+
+def test_captions_are_cut_at_77(bpe, tmp_path):
+    """A caption is cut at 77 ids, the last of which is the end token.
+
+    `encode` cuts nothing: its length tells that a caption is too long. A damaged vocabulary is
+    refused."""
+    ids = bpe(["cat " * 75, "cat " * 76, "the"])
+    assert (
+        ids.shape == (3, 77)
+        and ids.dtype == torch.long
+        and torch.equal(ids[0], ids[1])
+        and ids[1, -1] == 519
+    )
+    assert len(bpe.encode("cat " * 75)) == bpe.context < len(bpe.encode("cat " * 76))
+    assert bpe([]).shape == (0, 77)
+    for data in (
+        b"text",
+        gzip.compress(b"header\nnot a merge\n"),
+        gzip.compress(b"header\na b\n")[:-9],
+    ):
+        (tmp_path / "v.gz").write_bytes(data)
+        refuses("v.gz is not", tok.BPE, tmp_path / "v.gz")
+
+
+def test_padding_changes_no_text_feature(small_clip, bpe):
+    """What follows the end token changes neither its feature nor any before it.
+
+    The first end token counts."""
+    tower, ids = tok.load_text_encoder(small_clip[0]), bpe(["a cat", "the bat sat", ""])
+    padded = torch.where(ids == 0, torch.randint(1, 520, ids.shape), ids)
+    assert torch.equal(tower.embed(ids), tower.embed(padded))
+    assert torch.allclose(tower(ids[:, :9]), tower(ids)[:, :9], atol=1e-5)
+    for a, b, n in zip(tower(ids), tower(padded), ids.argmax(1) + 1):
+        assert torch.equal(a[:n], b[:n]) and not torch.equal(a[n:], b[n:])
+
+
+def test_word_encoder_masks_padding():
+    """Padding changes no feature of a word, and the order of the words counts.
+
+    A word that is not known has the id 1; `split` cuts nothing."""
+    w = tok.WordEncoder(["a", "red", "seven", "on", "blue"])
+    short, both = w.ids(["a red seven"]), w.ids(["a red seven", "a red seven on blue on blue"])
+    assert both.tolist()[0] == [2, 3, 4, 0, 0, 0, 0] and w.ids(["zebra"]).tolist() == [[1]]
+    assert len(w.split("a " * 30)) == 30 > w.context
+    assert torch.allclose(w(short)[0], w(both)[0, :3], atol=1e-5)
+    # Order counts.
+    assert (w(w.ids(["red on blue"])) - w(w.ids(["blue on red"])))[0, 1].abs().max() > 1e-4
+
+
+# ---- decoder.py: flow and sampler
+def test_euler_follows_an_analytic_flow():
+    """On dx/dt = -x, n Euler steps give x(0) (1 - 1/n)^n, which tends to x(0)/e.
+
+    t runs 0, 1/n, ..."""
+    times = []
+
+    def velocity(x, t):
+        times.append(t.item())
+        return -x
+
+    assert torch.allclose(dec.euler(velocity, torch.ones(3), 10), torch.full((3,), 0.9**10))
+    assert np.allclose(times, np.arange(10) / 10)
+    assert abs(dec.euler(velocity, torch.ones(1), 4000).item() - math.exp(-1)) < 1e-4
+
+
+def test_gaussian_flow_has_the_right_end(m=1.5, s=0.3):
+    """Along the flow from N(0,1) to N(m, s^2), Euler steps carry noise n to m + s n.
+
+    Noise N(0,1), data N(m, s^2): the marginal velocity is known."""
+
+    def velocity(x, t):
+        return m + (t * s**2 - (1 - t)) / ((1 - t) ** 2 + (t * s) ** 2) * (x - t * m)
+
+    n = torch.linspace(-2, 2, 9)
+    assert torch.allclose(dec.euler(velocity, n, 2000), m + s * n, atol=5e-3)
+
+
+# ---- decoder.py: the decoder
+def test_fourier_features_read_the_time_of_the_paper():
+    """The condition of a time t is sqrt(2) [cos(2 pi f t), sin(2 pi f t)], t=0 being the noise.
+
+    That is so with zero blocks and a plain in_proj."""
+    m = dec.Decoder(3, 16, token_dim=24, **TINY).mapping
+    nn.init.eye_(m.in_proj.weight)
+    t = torch.tensor([0.0, 0.1, 0.35, 1.0])
+    angles = 2 * np.pi * t.double().numpy()[:, None] * m.freqs.double().numpy()[:, 0]
+    near(m(t), 2**0.5 * np.concatenate([np.cos(angles), np.sin(angles)], 1))
+
+
+def test_decoder_starts_as_zero_and_every_block_as_the_identity():
+    """A new decoder gives zero, its blocks are the identity, and a token enters as itself."""
+    d = dec.Decoder(3, 16, token_dim=24, **TINY)
+    x, z = torch.randn(2, 17, 32), torch.randn(2, 1, 24)
+    assert all(torch.equal(block(x, torch.randn(2, 16), d.rotary(4)), x) for block in d.blocks)
+    assert d(torch.randn(2, 3, 16, 16), torch.rand(2), z).abs().max() == 0
+    assert torch.equal(d.project(z), F.pad(z, (0, 8)))  # a token enters as itself
+
+
+def test_a_decoder_narrower_than_the_token():
+    """Into a decoder narrower than the token, LayerNorm(Linear(z)) alone enters.
+
+    Its start lets the gradient through to the token."""
+    d = dec.Decoder(3, 16, token_dim=40, **TINY)
+    z = torch.randn(2, 1, 40, requires_grad=True)
+    linear = z.detach() @ d.token_fc.weight.T + d.token_fc.bias
+    var, mean = torch.var_mean(linear, -1, correction=0, keepdim=True)
+    assert torch.allclose(d.project(z), (linear - mean) / (var + 1e-5).sqrt(), atol=1e-5)
+    (d.project(z) * torch.randn(32)).sum().backward()
+    assert z.grad.abs().min() > 0
+
+
+def test_decoder_that_predicts_data():
+    """A decoder that predicts data is finite at t=1, and its velocity points to the data.
+
+    The same network, read as data, is x + (1 - t) times its velocity. Euler steps, few or many, end
+    at the data. A word that `predict` does not know is refused."""
+    d = busy(dec.Decoder(3, 16, token_dim=24, predict="data", t_max=0.9, **TINY))
+    v = dec.Decoder(**{**d.config, "predict": "velocity"})
+    v.load_state_dict(d.state_dict())
+    x, z, t = torch.randn(4, 3, 16, 16), torch.randn(4, 1, 24), torch.tensor([0.0, 0.2, 0.5, 0.9])
+    assert torch.allclose(x + (1 - t)[:, None, None, None] * d(x, t, z), v(x, t, z), atol=1e-5)
+    assert d(x, torch.ones(4), z).isfinite().all()
+    d.zero_init()
+    assert all(
+        dec.euler(lambda x_t, t: d(x_t, t, z), x, steps).abs().max() < 1e-5
+        for steps in (20, 50, 250)
+    )
+    with pytest.raises(ValueError, match="predict"):
+        dec.Decoder(predict="noise")
+
+
+def test_the_largest_time_that_the_network_is_told():
+    """At times above t_max the decoder gives what it gives at t_max.
+
+    Below it, the time counts."""
+    d = busy(dec.Decoder(3, 16, token_dim=24, t_max=0.9, **TINY))
+    x, z = torch.randn(4, 3, 16, 16), torch.randn(4, 1, 24)
+    early, last, late = (d(x, torch.tensor([t]), z) for t in (0.8, 0.9, 0.98))
+    assert torch.equal(last, late) and not torch.allclose(early, last, atol=1e-3)
+
+
+def test_decoder_attention_against_float64_formulas():
+    """The decoder's attention is cosine attention with axial RoPE, written out in float64.
+
+    The formulas are written out with loops and complex numbers."""
+    torch.manual_seed(0)
+    d = busy(dec.Decoder(3, 8, token_dim=24, **TINY)).double()
+    attn = d.blocks[0].attn
+    attn.scale.data = torch.tensor([4.0, 9.0]).double()
+    x = torch.randn(1, 5, 32).double()
+    q, k, v = attn.qkv_proj(x)[0].view(5, 3, 2, 16).unbind(1)
+    # The token, then rows first.
+    centres = [(0.0, 0.0), (-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)]
+    freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), 5)[:-1].exp().double()
+    out = torch.zeros(5, 2, 16).double()
+    for h, s in ((0, 4.0), (1, 9.0)):
+
+        def turned(u, n):
+            u = u[n, h] * s**0.5 / (u[n, h].square().sum() + 1e-6).sqrt()
+            theta = torch.cat(
+                [centres[n][0] * freqs[[h, 2 + h]], centres[n][1] * freqs[[h, 2 + h]]]
+            )
+            pair = torch.complex(u[:4], u[4:8]) * torch.polar(torch.ones(4).double(), theta)
+            return torch.cat([pair.real, pair.imag, u[8:]])
+
+        for n in range(5):
+            weight = torch.stack([turned(q, n) @ turned(k, j) for j in range(5)]).softmax(0)
+            out[n, h] = sum(weight[j] * v[j, h] for j in range(5))
+    assert torch.allclose(attn(x, d.rotary(2)), attn.out_proj(out.view(1, 5, 32)), atol=1e-5)
+
+
+def test_decoder_batch_invariance_time_and_tokens():
+    """A picture's output ignores the rest of its batch, and depends on the time and the tokens.
+
+    The K tokens are told apart. A size that is no multiple of the patch is refused."""
+    d = busy(dec.Decoder(3, 16, token_dim=24, K=3, **TINY))
+    x, z, t = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 24), torch.tensor([0.3])
+    whole = d(x, t, z)
+    assert torch.allclose(
+        whole, torch.cat([d(x[i : i + 1], t, z[i : i + 1]) for i in range(4)]), atol=1e-5
+    )
+    assert (whole - d(x, torch.tensor([0.31]), z)).abs().max() > 1e-4
+    assert (whole - d(x, t, z.flip(1))).abs().max() > 1e-4  # the K tokens are told apart
+    refuses("patches", dec.Decoder, size=30, patch=4)
+
+
+def test_autocast_keeps_times_apart():
+    """Under bfloat16 autocast, times and the norms' scales keep the precision of float32.
+
+    bfloat16 has 8 bits: it would leave 129 of the times from 0.5 to 1, and round 1 + the scales of
+    the norms."""
+    torch.manual_seed(0)
+    norm, times = dec.RMSNorm(32, 16), torch.linspace(0, 1, 5000)
+    x, c = torch.randn(4, 5, 32), torch.randn(4, 16)
+    want = x / x.square().mean(-1, keepdim=True).sqrt() * (1 + c @ norm.linear.weight.T)[:, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(norm(x, c), want, atol=1e-4)
+    for embed in (dec.Decoder(3, 16, token_dim=24, **TINY).mapping, mix.TimeEmbedding(24, 1000.0)):
+        exact = embed(times)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(embed(times), exact) and len(exact.unique(dim=0)) == 5000
+
+
+def test_attention_keeps_q_and_k_once():
+    """For the backward pass attention keeps at most 24 bytes for each number of its input.
+
+    Kept are x, q, k, v and the output in bfloat16, q and k in float32 once, and their lengths."""
+    attention, x = dec.Attention(64, 2), torch.randn(4, 100, 64)
+    rotary = torch.rand(100, 2, 8), torch.rand(100, 2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        one_more = bench.kept_bytes(lambda: attention(x, rotary)) - bench.kept_bytes(
+            lambda: attention(x[:3], rotary)
+        )
+    assert one_more <= 24 * 100 * 64
+
+
+def test_checkpointing_gives_the_same_gradients():
+    """With checkpointing a block runs twice, and the gradients are the same."""
+    t, d = tok.Tokenizer(tiny_vit()), busy(dec.Decoder(3, 16, token_dim=32, **TINY))
+    x, calls, gradients = torch.rand(2, 3, 16, 16), [], []
+    trained = [t.embedding, *d.parameters()]
+    for block in (t.vit.blocks[0], d.blocks[0]):
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    for t.vit.checkpointing in (False, True):
+        d.checkpointing = t.vit.checkpointing
+        gradients.append(
+            torch.autograd.grad(d(x, torch.full((1,), 0.3), t(x)).square().mean(), trained)
+        )
+    assert len(calls) == 2 + 4  # each block runs twice the second time
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients))
+
+
+# ---- decoder.py: the VAE
+# The seeds of the figures go by the names in CompVis's own code, which gave them.
+COMPVIS = [
+    (r"down_blocks.(\d)", r"down.\1"),
+    (r"up_blocks.(\d)", lambda found: f"up.{3 - int(found[1])}"),
+    ("mid_block.resnets.0", "mid.block_1"),
+    ("mid_block.resnets.1", "mid.block_2"),
+    ("resnets", "block"),
+    ("mid_block.attentions.0", "mid.attn_1"),
+    ("group_norm", "norm"),
+    ("to_out.0", "proj_out"),
+    ("to_", ""),
+    ("conv_norm_out", "norm_out"),
+    ("conv_shortcut", "nin_shortcut"),
+    ("(down|up)samplers.0", r"\1sample"),
+]
+OLD_DIFFUSERS = [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")]
+
+
+def test_vae_layouts(tmp_path):
+    """The VAE's posterior is that of CompVis's own code, in each of diffusers' layouts.
+
+    diffusers' new and old names, .safetensors and .bin. A sample is the scaled mean plus noise.
+    CompVis's own layout is refused."""
+    shapes = shapes_of(dec.VAE, widths=[64, 128, 256, 256])
+    ours = {name: seeded(rewritten(name, COMPVIS), shape) for name, shape in shapes.items()}
+    old = renamed(ours, OLD_DIFFUSERS)
+    (tmp_path / "new.safetensors").write_bytes(safetensors(ours))
+    (tmp_path / "old.safetensors").write_bytes(safetensors(old))
+    torch.save(old, tmp_path / "old.bin")
+    x = picture("vae-32x72", 1, 32, 72)
+    for file in ("new.safetensors", "old.safetensors", "old.bin"):
+        vae = dec.load_vae(tmp_path / file)
+        mean, logvar = vae.posterior(x)
+        near(mean[0, :, 3, 8], [0.1509764, 0.6491106, -0.4958231, 0.9428135])
+        near(logvar[0, :, 1, 2], [-0.5687925, -0.2563109, -0.358317, 0.3784242])
+    noise = torch.randn(mean.shape)
+    latents = vae.sample(*vae.posterior(x), noise)
+    assert torch.allclose(latents, 0.18215 * (mean + (logvar / 2).exp() * noise), atol=1e-6)
+    # Another layout: a sentence, no traceback.
+    torch.save({"state_dict": renamed(ours, COMPVIS)}, tmp_path / "kl.ckpt")
+    refuses("diffusers' layout", dec.load_vae, tmp_path / "kl.ckpt")
+
+
 @torch.no_grad()
 def test_against_diffusers(tmp_path):
+    """The VAE gives what diffusers' AutoencoderKL gives, where it is installed."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     theirs = diffusers.AutoencoderKL(
@@ -764,7 +972,7 @@ def test_against_diffusers(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_little_memory(tmp_path):
-    """The peak is at most 1.3 times the stored weights plus the model."""
+    """The peak of memory is at most 1.3 times the stored weights plus the model."""
     look = "print(open('/proc/self/status').read())"
     for call, kind, settings in (
         ("tokenizer.load_encoder", tok.ViT, dict(width=512, depth=20, heads=8)),
@@ -784,203 +992,96 @@ def test_loading_takes_little_memory(tmp_path):
             ), file
 
 
-# The authors' checkpoint with fewer layers: prefixes, the numbers in them, names and shapes.
-RELEASED = [
-    (
-        "first_stage.decoder.decoder.",
-        [0],
-        """
-        time_emb.weight 512x1 time_in_proj.weight 1024x1024 mapping.in_norm.scale 1024
-        mapping.out_norm.scale 1024
-        encoder.dino.temp_pos_embed 1x1x1x768 encoder.dino.new_reg 1x2x768
-        encoder.dino.backbone.fc.weight 1152x768
-        encoder.dino.backbone.fc.bias 1152 encoder.dino.backbone.ln.weight 1152
-        encoder.dino.backbone.ln.bias 1152
-        backbone.mid_merge.proj.weight 1152x1152 backbone.mid_merge.pre_proj.proj.weight 1152x16
-        backbone.mid_split.post_proj.norm.scale 1152
-        backbone.mid_split.post_proj.proj.weight 16x1152""",
-    ),
-    (
-        "first_stage.decoder.decoder.mapping.blocks.{}.",
-        range(2),
-        "norm.scale 1024 up_proj.weight 6144x1024 down_proj.weight 1024x3072",
-    ),
-    (
-        "first_stage.decoder.decoder.backbone.mid_level.{}.",
-        range(4),
-        """
-        self_attn.scale 16 self_attn.norm.linear.weight 1152x1024
-        self_attn.qkv_proj.weight 3456x1152
-        self_attn.out_proj.weight 1152x1152 self_attn.pos_emb.freqs 2x16x9
-        ff.norm.linear.weight 1152x1024
-        ff.up_proj.weight 6912x1152 ff.down_proj.weight 1152x3456""",
-    ),
-    (
-        "ema_model.net.",
-        [0],
-        """
-        pos_embed 1x1x768 label_embedder.embedding_table.weight 1001x768
-        t_embedder.mlp.0.weight 768x256
-        t_embedder.mlp.0.bias 768 t_embedder.mlp.2.weight 768x768 t_embedder.mlp.2.bias 768
-        mixer._orig_mod.0.weight 1280x768 mixer._orig_mod.0.bias 1280 mixer._orig_mod.7.weight 1280
-        mixer._orig_mod.7.bias 1280 mixer._orig_mod.8.weight 768x1280 mixer._orig_mod.8.bias 768""",
-    ),
-    (
-        "ema_model.net.mixer._orig_mod.{}.",
-        range(1, 7),
-        """
-        0.fn.0.weight 12x3x1 0.fn.0.bias 12 0.fn.3.weight 3x12x1 0.fn.3.bias 3 0.norm.weight
-        1280 0.norm.bias 1280
-        1.fn.0.weight 5120x1280 1.fn.0.bias 5120 1.fn.3.weight 1280x5120 1.fn.3.bias
-        1280 1.norm.weight 1280
-        1.norm.bias 1280""",
-    ),
-]
+# ---- mixer.py: layers, guidance, text
+def test_mixer_layers_start_as_the_identity_and_widths_are_not_swapped():
+    """A new Mixer's layers are the identity, and its hidden widths are not swapped.
+
+    The numbers of parameters are those of the paper."""
+    m = mix.Mixer(K=2, D=8, hidden=16, depth=2, num_classes=5, token_hidden=7, channel_hidden=11)
+    x, first = torch.randn(3, 4, 16), m.layers[0]
+    assert all(torch.equal(layer(x), x) for layer in m.layers)
+    assert first.tokens.up.weight.shape == (7, 4) and first.channels.up.weight.shape == (11, 16)
+    with torch.device("meta"):
+        millions = [
+            sum(p.numel() for p in mix.Mixer(channel_hidden=n * 1280).parameters()) / 1e6
+            for n in (3, 4)
+        ]
+    # The paper: 276 without embeddings; 4 x hidden.
+    assert abs(millions[0] - 279) < 1 and 365 < millions[1] < 373
 
 
-def test_the_authors_checkpoint(tmp_path):
-    """Encoder, decoder, Mixer and guidance of the authors' own code, from their layout (theirs runs
-    time backwards)."""
-    vit = shapes_of(
-        tok.ViT, width=768, depth=12, heads=12, patch=14, grid=37, registers=4, layer_scale=True
-    )
-    shapes = {f"first_stage.encoder.encoder.{name}": shape for name, shape in vit.items()}
-    shapes |= {
-        f"first_stage.decoder.decoder.ae.ae.{name}": shape
-        for name, shape in shapes_of(dec.VAE).items()
-    }
-    for prefix, numbers, table in RELEASED:
-        for i in numbers:
-            shapes |= table_of(prefix.format(i), table)
-    state = official(shapes, salt="a:") | {"metric_tracker.other": torch.ones(3)}
-    first_stage = {"_content": {"params": {"_content": {"scale_factor": {"_val": 1.3}}}}}
-    config = {"first_stage_cfg": first_stage, "other": {"scale_factor": 0.18215}}
-    # Not named .ckpt.
-    torch.save({"state_dict": state, "hyper_parameters": config, "epoch": 1}, tmp_path / "a.pt")
-    del state
-    model = RepTok.load(tmp_path / "a.pt")
-    (tmp_path / "a.pt").unlink()
-    near(
-        model.encode(picture("a:reptok-375x500", 1, 375, 500))[0, 0, :3],
-        [0.0541501, 0.3860424, 0.5609152],
-    )
-    z, x = model.encode(picture("a:reptok-256", 2, 256, 256)), uniform("a:noise", (2, 4, 32, 32))
-    n, classes = uniform("a:latent-noise", (4, 1, 768))[:3], torch.tensor([1, 207, 981])
-    with torch.no_grad():
-        v = -model.decoder(x, torch.full((2,), 0.5), z)
-        near(v[1, :, 3, 4], [-2.0065675, 0.505765, -0.8570567, 0.6616135], 5e-5)
-        near(
-            model.mixer(n, torch.full((3,), 0.25), classes)[1, 0, :3],
-            [0.2368025, -0.0491665, 1.5444434],
-        )
-    guided = model.generate(classes, steps=10, cfg=1.5, cfg_interval=(0.3, 0.9), noise=n)
-    near(guided[1, 0, :3] / 1.3, [0.9503103, 0.7618908, 3.0905805], 5e-5)
-    near(model.decode(z, steps=4, noise=x)[1, :, 12, 16], [-1.0, 1.0, -0.1287327], 5e-5)
+def test_guidance():
+    """Guidance is null + scale (plain - null) within its interval, and plain outside.
 
-
-def test_time_is_reversed_in_the_weights():
-    """A map of the Fourier features of 1-t is the turned map of those of t."""
-    weight, freqs = torch.randn(16, 16).double(), torch.randn(8, 1).double()
-
-    def features(t):
-        return torch.cat(
-            [(2 * math.pi * freqs[:, 0] * t).cos(), (2 * math.pi * freqs[:, 0] * t).sin()]
-        )
-
-    for t in (0.0, 0.3, 1.0):
-        assert torch.allclose(
-            sample.reverse_time(weight, freqs) @ features(t), weight @ features(1 - t), atol=1e-12
+    The ends belong to the interval; a scale of 1 is plain too."""
+    m = busy(mix.Mixer(K=1, D=8, hidden=16, depth=2, num_classes=5))
+    z, c = torch.randn(3, 1, 8), torch.tensor([0, 1, 4])
+    middle, outside, end = torch.tensor([[0.5], [0.2], [0.7]])
+    plain, null = m(z, middle, c), m(z, middle, torch.full((3,), 5))
+    guided = mix.guided(m, c, scale=2.0, interval=(0.3, 0.9))
+    assert torch.allclose(guided(z, middle), null + 2 * (plain - null), atol=1e-5)
+    assert torch.equal(mix.guided(m, c, scale=1.0)(z, middle), plain)
+    assert torch.equal(guided(z, outside), m(z, outside, c))
+    # The ends belong to the interval, though .7 is no float32.
+    for ends in ((0.7, 0.9), (0.1, 0.7)):
+        assert not torch.allclose(
+            mix.guided(m, c, scale=2.0, interval=ends)(z, end), m(z, end, c), atol=1e-4
         )
 
 
-def test_checkpoints_with_time_the_other_way_are_refused():
-    """Decoders were trained on 1-t before their settings had t_max; their weights would load
-    without a word."""
-    decoder = dec.Decoder(3, 16, token_dim=32, **TINY)
-    content = RepTok(tok.Tokenizer(tiny_vit()), decoder, dec.PixelSpace()).content()
-    same = RepTok.from_checkpoint(content, "a.pt").decoder.state_dict()
-    assert all(torch.equal(same[name], x) for name, x in decoder.state_dict().items())
-    del content["decoder"]["config"]["t_max"]
-    refuses("a.pt.*t_max.*train again", RepTok.from_checkpoint, content, "a.pt")
+def test_text_in_the_mixer():
+    """At first text changes nothing, later padding never does, and no text is the learned null.
 
-
-def test_named_weights_are_downloaded_and_offline_says_what_to_do(tmp_path, monkeypatch):
-    weights = official(shapes_of(tok.ViT, **VIT))
-    torch.save(weights, tmp_path / "vit.pth")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setitem(tok.PUBLISHED, "dinov2_vitb14", (tmp_path / "vit.pth").as_uri())
-    assert torch.equal(tok.load_encoder("dinov2_vitb14").cls_token, weights["cls_token"])
-    assert list(tmp_path.rglob("hub/*/checkpoints/vit.pth"))
-    monkeypatch.setitem(tok.PUBLISHED, "mae_vitb16", (tmp_path / "gone.pth").as_uri())
-    refuses("(?s)gone.pth.*file://.*checkpoints", tok.load_encoder, "mae_vitb16")
-
-
-# ---- Trainers and sampler
-QUICK1 = [
-    "--pretrain-steps",
-    2,
-    "--steps",
-    6,
-    "--batch",
-    8,
-    "--log-every",
-    1,
-    "--save-every",
-    3,
-    "--device",
-    "cpu",
-]
-QUICK2 = ["--steps", 6, "--batch", 8, "--log-every", 1, "--save-every", 3, "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):  # both stages, a few steps, on forty shapes written to files
-    root = tmp_path_factory.mktemp("trained")
-    inside("train_stage1.py", "--write-data", root / "data", "--num", 40)
-    inside("train_stage1.py", "--data", root / "data", "--out", root / "out", *QUICK1)
-    inside("train_stage2.py", "--data", root / "data", "--out", root / "out", *QUICK2)
-    return root
-
-
-def losses(path):
-    return {
-        row["step"]: row["loss"] for row in map(json.loads, Path(path).read_text().splitlines())
-    }
-
-
-def pixels_of(pictures, numbers):
-    return sample.to_float(torch.stack([pictures[i][0] for i in numbers]))
-
-
-def test_what_the_trainers_leave(trained):
-    out = trained / "out"
-    for stage in ("stage1", "stage2"):
-        assert sorted(losses(out / f"{stage}.jsonl")) == [1, 2, 3, 4, 5, 6]
-        assert Image.open(out / f"{stage}.png").size[0] >= 8 * 16
-    model = RepTok.load(out / "stage2.pt")
-    assert model.classes == one.SHAPES
-    z = model.encode(torch.rand(5, 3, 40, 30) * 2 - 1)
-    assert z.shape == (5, 1, 128) and model.decode(z, steps=2).shape == (5, 3, 16, 16)
-    z = (
-        model.encode(pixels_of(one.Pictures(str(trained / "data"), 16), range(40))) - model.mean
-    ) / model.std
-    assert z.mean((0, 1)).abs().max() < 0.1 and (z.std((0, 1)) - 1).abs().max() < 0.1
-    content, model = (
-        sample.load_checkpoint(out / "stage1.pt", ["stage1"]),
-        RepTok.load(out / "stage1.pt"),
+    Zero start: text changes nothing yet. Guidance holds for text as for classes."""
+    torch.manual_seed(0)
+    m = mix.Mixer(K=2, D=8, hidden=16, depth=2, num_classes=0, text_width=12)
+    z, t, text = torch.randn(3, 2, 8), torch.rand(3), torch.randn(3, 5, 12)
+    mask = torch.arange(5) < torch.tensor([[5], [2], [3]])
+    assert m.layers[0].tokens.up.weight.shape[1] == 2 + 4 + 1
+    assert torch.equal(m(z, t, None, text, mask), m(z, t, None, text * 2 + 1, mask))
+    busy(m)
+    out, noise = (
+        m(z, t, None, text, mask),
+        torch.where(mask[..., None], text, torch.randn_like(text)),
     )
-    # The average is loaded.
-    assert torch.equal(model.tokenizer.embedding, content["ema"]["tokenizer.embedding"])
-    assert not torch.equal(
-        content["tokenizer"]["state"]["embedding"], content["ema"]["tokenizer.embedding"]
+    assert torch.equal(out, m(z, t, None, noise, mask))
+    assert (out - m(z, t, None, text + 1, mask.roll(1, 1))).abs().max() > 1e-4
+    assert torch.allclose(
+        out, m(z, t, None, F.pad(text, (0, 0, 0, 4)), F.pad(mask, (0, 4))), atol=1e-5
     )
-    names = {f"decoder.{name}" for name, _ in model.decoder.named_parameters()}
-    assert set(content["ema"]) == {"tokenizer.embedding", *names}
+    null = m(z, t, None, text, mask & False)
+    assert (
+        torch.equal(null, m(z, t, None, torch.randn_like(text), mask & False))
+        and (null - out).abs().max() > 1e-4
+    )
+    at = torch.tensor([0.5])
+    u, c = m(z, at, None, text, mask & False), m(z, at, None, text, mask)
+    assert torch.allclose(mix.guided(m, None, text, mask, 3.0)(z, at), u + 3 * (c - u), atol=1e-4)
+    assert torch.equal(mix.guided(m, None, text, mask, 1.0)(z, at), c)
 
 
+def test_cross_attention_against_torch():
+    """The Mixer's cross-attention, with a mask, gives what torch's own attention gives."""
+    c = busy(mix.CrossAttention(128, 24))
+    x, text, mask = (
+        torch.randn(2, 3, 128),
+        torch.randn(2, 5, 24),
+        torch.arange(5) < torch.tensor([[5], [2]]),
+    )
+    kv, ref = text @ c.kv.weight.T + c.kv.bias, nn.MultiheadAttention(128, 2, batch_first=True)
+    with torch.no_grad():  # its own projections are made the identity
+        ref.in_proj_weight.copy_(torch.eye(128).repeat(3, 1))
+        ref.in_proj_bias.zero_()
+        ref.out_proj.load_state_dict(c.out.state_dict())
+    want, _ = ref(c.q(c.norm(x)), kv[..., :128], kv[..., 128:], key_padding_mask=~mask)
+    assert torch.allclose(c(x, text, mask), want, atol=1e-5)
+
+
+# ---- train_stage1.py: the shapes that it draws
 def test_shapes_have_the_areas_of_geometry():
-    """A drawn shape covers the area that its formula says, around its place, and the rest is
-    ground."""
+    """A drawn shape covers the area that its formula says, around its place, on plain ground.
+
+    A moon has no formula here; it is drawn, and drawn the same again."""
     plans = [one.plan_shape(i, 5) for i in range(300)]
     x, y = 2 * np.cos(np.pi / 5), 2 * np.sin(np.pi / 5)
     unit = {
@@ -1019,8 +1120,9 @@ def test_shapes_have_the_areas_of_geometry():
 
 
 def test_captions_of_shapes_say_what_is_drawn():
-    """Every caption names the shape, the nearest colours, and the size in the outer fifths
-    alone."""
+    """Every caption names the shape and its nearest colours, and a size that is small or large.
+
+    Small are the lower two fifths of the sizes, large the upper two; between them none is named."""
     low, high = one.SIZE
     seen = set()
     for i in range(200):
@@ -1047,10 +1149,13 @@ def test_captions_of_shapes_say_what_is_drawn():
     )
 
 
+# ---- train_stage1.py: the small encoder
 @torch.no_grad()
 def test_the_class_token_knows_the_shape_and_the_register_the_picture():
-    """docs/encoder.pt, on shapes that it has not seen: neighbours by each token, linear regression
-    to the pixels."""
+    """The class token knows the shape and not the pixels, the register the other way round.
+
+    docs/encoder.pt, on shapes that it has not seen: neighbours by each token, linear regression to
+    the pixels."""
     vit = tok.load_encoder(HERE / "docs" / "encoder.pt")
     (x, labels, _), (known, known_labels, _) = score.shapes(300, 11), score.shapes(1200, 12)
     tokens, known_tokens = ((vit(sample.to_float(u))[:, :2]) for u in (x, known))
@@ -1064,303 +1169,11 @@ def test_the_class_token_knows_the_shape_and_the_register_the_picture():
     assert right[0] > 0.95 > 0.8 > right[1] and error[1] < 0.3 * error[0], (right, error)
 
 
-def test_the_picture_and_the_last_line_of_stage_1(trained, tmp_path, capsys):
-    """Three rows: pictures, from z0, from z; with nothing trained the last two are the same, and
-    the line says so."""
-    args = ["--data", trained / "data", *QUICK1[2:], "--encoder", trained / "out" / "encoder.pt"]
-    args += ["--steps", 30, "--warmup", 0, "--token-lr", 100]
-    vit = tok.load_encoder(trained / "out" / "encoder.pt")
-    total = sum(p.numel() for p in vit.parameters())
-    # All: but the two unread embeddings.
-    for what, count in (("none", 0), ("token", 128), ("all", total - 256 + 128)):
-        capsys.readouterr()
-        inside("train_stage1.py", *args, "--unfreeze", what, "--out", tmp_path / what)
-        line = capsys.readouterr().out.splitlines()[-1]
-        rows = fid.decode(tmp_path / what / "stage1.png").reshape(3, 64, -1, 3).astype(int)
-        assert np.array_equal(rows[1], rows[2]) == (what == "none")
-        said = re.search(
-            r"PSNR ([\d.]+) dB from z, ([\d.]+) dB from z0; cos\(z, z0\) ([\d.]+); "
-            r"([\d,]+) of ([\d,]+)",
-            line,
-        )
-        assert [int(said[i].replace(",", "")) for i in (4, 5)] == [count, total], line
-        assert (
-            (said[1] == said[2])
-            == (said[3] == "1.000")
-            == (what == "none")
-            != ("--unfreeze none" in line)
-        )
-        content = RepTok.load(tmp_path / what / "stage1.pt")
-        pictures = one.Pictures(str(trained / "data"), 16)
-        # In the order of the run, which fixes their noise.
-        x = one.held_out(pictures, argparse.Namespace(), 100)
-        images = [content.decode(z, 20) for z in (content.encode(x), content.tokenizer.z0(x))]
-        for images, figure in zip(images, (said[1], said[2])):
-            assert (
-                abs(fid.psnr(fid.to_uint8(x), fid.to_uint8(images)).mean() - float(figure)) < 0.01
-            )
-
-
-def test_samples_do_not_depend_on_the_batch(trained):
-    model, classes = RepTok.load(trained / "out" / "stage2.pt"), torch.arange(10)
-    z = model.generate(classes, steps=3, cfg=1.5)
-    assert torch.allclose(z[:3], model.generate(classes[:3], steps=3, cfg=1.5), atol=1e-5)
-    assert torch.allclose(model.decode(z, steps=3)[:3], model.decode(z[:3], steps=3), atol=1e-5)
-    own = model.noise(range(10), mixer=True)
-    assert torch.equal(model.generate(classes, steps=3, noise=own), z)
-    # Not the decoder's numbers.
-    assert (own[:, 0] - model.noise(range(10)).flatten(1)[:, :128]).abs().mean() > 0.5
-    refuses("classes", model.generate)
-
-
-def test_sample_commands(trained, tmp_path):
-    ckpt = ["--ckpt", trained / "out" / "stage2.pt", "--steps", 2]
-    some = sorted((trained / "data").rglob("*.png"))[:2]
-    for args, size in [
-        (["--classes", "heart", "star", "--per-class", 4], (4, 2)),
-        (["--reconstruct", *some], (2, 2)),
-        (["--interpolate", *some], (10, 1)),
-        (["--reconstruct", trained / "data"], (16, 2)),
-    ]:
-        inside("sample.py", *ckpt, *args, "--out", tmp_path / "s.png")
-        assert Image.open(tmp_path / "s.png").size == (64 * size[0], 64 * size[1])
-    inside("sample.py", *ckpt, "--export", tmp_path / "small.pt")
-    a, b = RepTok.load(ckpt[1]), RepTok.load(tmp_path / "small.pt")
-    assert torch.equal(a.generate(torch.arange(3), steps=2), b.generate(torch.arange(3), steps=2))
-    assert (tmp_path / "small.pt").stat().st_size < ckpt[1].stat().st_size / 2
-    refuses("stage 1", RepTok.load(trained / "out" / "stage1.pt").generate, torch.arange(3))
-    for dtype in ("float32", "bfloat16"):
-        more = ["--dtype", dtype, "--device", "cpu", "--out", tmp_path / f"{dtype}.png"]
-        inside("sample.py", *ckpt, "--classes", "star", *more)
-    a, b = (fid.decode(tmp_path / f"{dtype}.png").astype(int) for dtype in ("float32", "bfloat16"))
-    # Of 255: rounded, not another picture.
-    assert 0 < np.abs(a - b).max() and np.abs(a - b).mean() < 8
-
-
-def test_saved_files_are_the_same_on_two_ranks(trained, tmp_path, monkeypatch):
-    """--save of one process and of two; real/ holds the pictures as they are cut, for fid.py to
-    compare with."""
-    ckpt = ["--ckpt", trained / "out" / "stage2.pt", "--steps", 2, "--batch", 5, "--device", "cpu"]
-    jobs = [["--num", 12], ["--reconstruct", trained / "data"]]
-    runs = [launch("sample.py", *ckpt, *job, "--save", tmp_path / "2", world=2) for job in jobs]
-    asked, generate = [], RepTok.generate
-    monkeypatch.setattr(
-        RepTok,
-        "generate",
-        lambda model, classes, **more: (
-            asked.extend(classes.tolist()) or generate(model, classes, **more)
-        ),
-    )
-    for job in jobs:
-        inside("sample.py", *ckpt, *job, "--save", tmp_path / "1")
-    assert asked == [i % 10 for i in range(12)]
-    for run in runs:
-        finished(run)
-    files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.png"))
-    assert len(files) == 12 + 2 * 40
-    a, b = (
-        {str(file): fid.decode(tmp_path / world / file).astype(int) for file in files}
-        for world in "12"
-    )
-    assert max(np.abs(a[name] - b[name]).max() for name in a) <= 1  # of 255
-    pictures, model = (
-        one.Pictures(str(trained / "data"), 16),
-        RepTok.load(trained / "out" / "stage1.pt"),
-    )
-    assert np.array_equal(a["real/000007.png"], pictures.read(7).permute(1, 2, 0))
-    again = fid.to_uint8(model.decode(model.encode(pixels_of(pictures, [7])), 2, model.noise([7])))[
-        0
-    ].permute(1, 2, 0)
-    assert np.abs(a["reconstructed/000007.png"] - again.numpy()).max() <= 1
-
-
-def test_continuing_extending_and_refusing(trained, tmp_path, capsys):
-    out, args = tmp_path / "out", ["--data", trained / "data", "--out", tmp_path / "out", *QUICK1]
-    shutil.copytree(trained / "out", out)
-    before = (out / "stage1.pt").read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        inside("train_stage1.py", *args)
-    assert stop.value.code == 0 and "finished" in capsys.readouterr().out
-    for options, says in (
-        ([*args, "--batch", 4], "--batch"),
-        ([*args, "--lam", 0.5], "--lam"),
-        (args[2:], "--data"),
-    ):
-        assert says in refusal("train_stage1.py", options, capsys)
-    assert (out / "stage1.pt").read_bytes() == before
-    inside("train_stage1.py", *args, "--steps", 8)
-    assert sorted(losses(out / "stage1.jsonl")) == list(range(1, 9))
-
-
-BAD = {  # options, with {names} of files, and what the sentence says
-    "train_stage1.py": """--data {empty}: no pictures; --data {gone}: no such; --step 5: --step
-        --lam inf: --lam
-        --batch 0: --batch; --lr fast: --lr; --batch 9 --accumulate 2: --batch; --size S: --vae
-        --init {stage2} --unfreeze all: --unfreeze
-        --encoder {encoder} --pretrain-steps 9: --pretrain-steps
-        --pixels 18 {d}: patches; --encoder {text} {d}: text.png; --registers 4: --registers
-        --write-data {text}: text.png
-        --token reg --reg-index 4 --encoder {encoder} {d}: --reg-index
-        --encoder random --lam 1: --lam""",
-    "train_stage2.py": """--seed 0: stage1.pt; --bpe a: --bpe; --clip a.pt: --captions
-        --captions {d}: --data
-        --stage1 {encoder}: encoder; --stage1 {half}: half.pt""",
-    "sample.py": """--seed 0: --ckpt; {c} --classes eleven: eleven; {c} --classes 10: 10
-        {c} --num 3: --num
-        --ckpt {stage1}: stage 1; {c} --reconstruct {text}: text.png; {c} --reconstruct {gone}: gone
-        {c} --reconstruct {text} --interpolate a b: --interpolate
-        {c} --features {features}: no text
-        {c} --prompt x: no text; {c} --out {gone}/a.png: --out; {c} --out {empty}: --out
-        {c} --classes \u00b2: --classes; {c} --clip a --bpe b: --clip
-        {c} --per-class 0: --per-class
-        {c} --save s --export e.pt: --export""",
-}
-
-
-def test_bad_input(trained, tmp_path, monkeypatch, capsys):
-    """Each ends in one sentence and status 2, and leaves nothing behind."""
-    out = trained / "out"
-    paths = {name: out / f"{name}.pt" for name in ("stage1", "stage2", "encoder")}
-    paths |= {
-        n.split(".")[0]: tmp_path / n
-        for n in ("empty", "gone", "text.png", "half.pt", "features.npz")
-    }
-    paths |= {"c": f"--ckpt {paths['stage2']}", "d": f"--data {trained / 'data'}"}
-    paths["empty"].mkdir()
-    paths["text"].write_text("no picture")
-    paths["half"].write_bytes((out / "stage2.pt").read_bytes()[:5000])
-    np.savez(paths["features"], features=np.zeros((3, 6), np.float32))
-    for script, lines in BAD.items():
-        for line in re.split(r";|\n", lines):
-            args, says = line.strip().rsplit(": ", 1)
-            where = [] if script == "sample.py" else ["--out", tmp_path / "new"]
-            assert says in refusal(script, [*args.format(**paths).split(), *where], capsys), args
-    assert not list(tmp_path.glob("new/*.pt"))
-    if not torch.cuda.is_available():
-        assert "--device cuda" in refusal(
-            "sample.py", ["--ckpt", out / "stage2.pt", "--device", "cuda"], capsys
-        )
-    inside("sample.py", "--ckpt", out / "stage1.pt", "--export", tmp_path / "empty" / "stage1.pt")
-    assert "an export" in refusal(
-        "train_stage1.py", ["--data", trained / "data", "--out", tmp_path / "empty"], capsys
-    )
-    run = launch("sample.py")  # and as a process
-    assert run.communicate()[1].count("\n") == 1 and run.returncode == 2
-    for error, says in (
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "--accumulate"),
-        (PermissionError(13, "Permission denied", "a"), "a: Permission"),
-    ):
-        monkeypatch.setattr(sample, "main", Mock(side_effect=error))
-        assert says in refusal("sample.py", [], capsys)
-    monkeypatch.setattr(sample, "main", Mock(side_effect=FileNotFoundError(2, "a mistake of ours")))
-    with pytest.raises(FileNotFoundError):
-        inside("sample.py")
-
-
-@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py"])
-def test_two_ranks_equal_one_process(trained, whole, tmp_path, script):
-    """torchrun with two gloo processes, and one process with accumulation, see the same losses for
-    ten steps."""
-    shutil.copytree(trained / "out", tmp_path / "out")
-    inside(script, *short(trained, script, tmp_path / "out"), "--accumulate", 2, "--fresh")
-    want, pieces = whole(script, 1), losses(tmp_path / "out" / f"{script[6:12]}.jsonl")
-    for got in (whole(script, 2), pieces):
-        assert (
-            max(abs(got[step] - want[step]) for step in range(1, 11))
-            < 1e-5
-            < abs(want[10] - want[1])
-        )
-
-
-def test_fine_tuning_from_a_checkpoint(trained, tmp_path):
-    """--init starts at the averaged weights of the other run, and trains the embedding and the
-    decoder, not the ViT."""
-    start = trained / "out" / "stage2.pt"
-    inside(
-        "train_stage1.py",
-        "--init",
-        start,
-        "--data",
-        trained / "data",
-        "--out",
-        tmp_path,
-        *QUICK1[2:],
-    )
-    was, now = (
-        RepTok.load(start).state_dict(),
-        sample.load_checkpoint(tmp_path / "stage1.pt", ["stage1"]),
-    )
-    assert torch.equal(
-        was["tokenizer.vit.norm.weight"], now["tokenizer"]["state"]["vit.norm.weight"]
-    )
-    for network, name in (("tokenizer", "embedding"), ("decoder", "merge.weight")):
-        assert 0 < (was[f"{network}.{name}"] - now[network]["state"][name]).abs().max() < 0.1
-
-
-def test_pictures_without_classes_and_a_token_that_rests(trained, tmp_path):
-    """A flat folder trains and samples without classes; --token-lr scales the embedding's learning
-    rate alone."""
-    data, out, encoder = (
-        ["--data", trained / "data" / "heart"],
-        ["--out", tmp_path],
-        trained / "out" / "encoder.pt",
-    )
-    inside(
-        "train_stage1.py",
-        *data,
-        *out,
-        *QUICK1[2:],
-        "--batch",
-        2,
-        "--encoder",
-        encoder,
-        "--token-lr",
-        0,
-    )
-    content = sample.load_checkpoint(tmp_path / "stage1.pt", ["stage1"])
-    assert torch.equal(
-        content["tokenizer"]["state"]["embedding"], tok.load_encoder(encoder).cls_token
-    )
-    assert content["decoder"]["state"]["patch_out.weight"].abs().max() > 0
-    inside("train_stage2.py", *data, *out, *QUICK2, "--batch", 2)
-    assert RepTok.load(tmp_path / "stage2.pt").mixer.label is None
-    inside(
-        "sample.py",
-        "--ckpt",
-        tmp_path / "stage2.pt",
-        "--per-class",
-        3,
-        "--steps",
-        2,
-        "--out",
-        tmp_path / "s.png",
-    )
-    assert Image.open(tmp_path / "s.png").size == (3 * 64, 64)
-
-
-def test_size_is_that_of_the_checkpoint():
-    for size, steps in (("nano", one.NANO["steps"]), ("S", 1_000_000), ("XL", 1_000_000)):
-        with torch.device("meta"):
-            model = RepTok(
-                None, dec.Decoder(**{**one.SIZES[size]["decoder"], "depth": 0}), dec.PixelSpace()
-            )
-        args = argparse.Namespace(size=None, steps=None, lr=7.0)
-        one.fill_defaults(args, one.PAPER, one.NANO, model)
-        assert (args.size, args.steps, args.lr, args.pixels) == (size, steps, 7.0, 32)
-    model.decoder.config["width"] = 64
-    refuses("--size", one.fill_defaults, argparse.Namespace(size=None), one.PAPER, one.NANO, model)
-
-
-def test_stage_2_takes_the_pictures_of_its_stage_1(trained, tmp_path, capsys):
-    shutil.copytree(trained / "data", tmp_path / "data")
-    inside("train_stage1.py", "--data", tmp_path / "data", "--out", tmp_path, *QUICK1, "--steps", 1)
-    inside("train_stage2.py", "--out", tmp_path, *QUICK2, "--steps", 1)
-    next((tmp_path / "data").rglob("*.png")).unlink()
-    assert "have changed" in refusal("train_stage2.py", ["--out", tmp_path, *QUICK2], capsys)
-
-
+# ---- train_stage1.py: pictures and folders
 def test_pictures_are_turned_upright_and_read_small(tmp_path):
-    """A telephone's JPEG: EXIF turns it for training, not for scores; a large one is decoded at a
+    """Training turns pictures upright and reads large ones small; scores take them as stored.
+
+    A telephone's JPEG: EXIF turns it for training, not for scores; a large one is decoded at a
     lower resolution."""
     x, exif = (np.mgrid[:600, :400, :3].sum(0) // 4).astype(np.uint8), Image.Exif()
     exif[0x112] = 6  # to be turned by a quarter
@@ -1379,8 +1192,11 @@ def test_pictures_are_turned_upright_and_read_small(tmp_path):
 
 
 def test_class_folders(tmp_path, monkeypatch):
-    """Top folders are classes, sorted; a folder around all of them does not count; nor do shards or
-    hidden names."""
+    """Top folders are the classes, sorted, whether in a folder, a .tar or a folder of .tar.
+
+    A folder around all of them does not count; nor do hidden names. What lies beside a picture
+    takes no class away. Links to folders are followed, without an os.stat of every picture. A
+    picture beside the folders is refused; a flat folder has no classes."""
     files = {"b/x/1.png": 1, "a/2.png": 0, "a/4.png": 0, "c/3.png": 2}
     for top, root in (("f", "f"), ("g", "g/wrapper")):
         for name in [*files, ".ipynb_checkpoints/2.png"]:
@@ -1415,195 +1231,10 @@ def test_class_folders(tmp_path, monkeypatch):
     assert one.Pictures(str(tmp_path / "f" / "a"), 16).classes == []
 
 
-def test_what_a_run_says_and_how_often_it_saves(tmp_path, monkeypatch, capsys):
-    """At the start what will be done, after 50 steps how long it takes; above nano at most one
-    checkpoint an hour."""
-    now, pictures = [0.0], one.Pictures(None, 16)
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    for size, given, saved in (("XL", None, [1]), ("XL", 10, [0, 1]), ("nano", None, [0, 1])):
-        args = argparse.Namespace(size=size, steps=None, save_every=given, batch=512, accumulate=2)
-        one.fill_defaults(args, one.PAPER, one.NANO)
-        ranks, times = sample.Ranks("cpu", "float32"), []
-        log = one.Log(tmp_path / "stage1.pt", args, ranks, 0, pictures, {"a": torch.ones(70, 30)})
-        for step in range(1, 101):
-            now[0] += 40.0
-            if step % 20 == 0:
-                log.write(step, loss=1.0, norm=1.0)
-            if step % 50 == 0:
-                times += [step // 50 - 1] * log.due(False)
-        assert times == saved and log.due(True), (size, given)
-        said = capsys.readouterr().out
-        assert (
-            f"size {size}, 10000 pictures at {args.pixels}x{args.pixels} pixels, 10 "
-            "classes; 2,100 trained"
-            in said
-        )
-        left = (args.steps - 60) * 40 // 3600
-        assert said.count("--steps or --size") == 1 and f"12.8 images/s: {left}:" in said
-
-
-# ---- Never lose a run
-def launch(script, *args, world=1):  # a script as a process, or as `world` processes under torchrun
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "--"]
-    line = [sys.executable, *(torchrun if world > 1 else []), str(HERE / script), *map(str, args)]
-    return subprocess.Popen(
-        line,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def stop_at(process, log, step, which):
-    """Send a signal to a run once `log` shows `step`; SIGKILL to all of its processes, others twice
-    to the first."""
-    for _ in range(3000):
-        if process.poll() is not None or log.exists() and log.read_text().count("\n") >= step:
-            break
-        time.sleep(0.02)
-    if which == signal.SIGKILL:  # torchrun's workers are in groups of their own
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if str(log.parent).encode() in (entry / "cmdline").read_bytes():
-                    os.kill(int(entry.name), which)
-    else:
-        process.send_signal(which)
-        process.send_signal(which)
-    return process.communicate(timeout=120)
-
-
-def short(trained, script, out):  # options of a run of 18 steps that saves every six
-    start = (
-        ("--encoder", "encoder.pt") if script == "train_stage1.py" else ("--stage1", "stage1.pt")
-    )
-    return [
-        "--data",
-        trained / "data",
-        "--out",
-        out,
-        start[0],
-        trained / "out" / start[1],
-        *QUICK2,
-        "--steps",
-        18,
-        "--save-every",
-        6,
-    ]
-
-
-def finished(process):  # wait for a run that must end well
-    output = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-
-
-@pytest.fixture(scope="module")
-def whole(
-    trained, tmp_path_factory
-):
-    # (script, processes) -> losses of a run that is never stopped, made once.
-    @functools.cache
-    def run(script, world):
-        out = tmp_path_factory.mktemp("whole")
-        finished(launch(script, *short(trained, script, out), world=world))
-        return losses(out / f"{script[6:12]}.jsonl")
-
-    return run
-
-
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py"])
-def test_killed_and_continued_equals_never_stopped(trained, whole, tmp_path, script, world):
-    """SIGKILL at any step, then the same command: bit for bit the losses of a run that was never
-    stopped."""
-    stage, args = script[6:12], short(trained, script, tmp_path)
-    stop_at(launch(script, *args, world=world), tmp_path / f"{stage}.jsonl", 8, signal.SIGKILL)
-    path = tmp_path / f"{stage}.pt"
-    assert not path.exists() or sample.load_checkpoint(path, [stage])["step"] < 18
-    finished(launch(script, *args, world=world))
-    killed = losses(tmp_path / f"{stage}.jsonl")
-    assert killed == whole(script, world) and len(killed) == 18
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_sigterm_finishes_the_step_and_saves(trained, tmp_path, world):
-    args = [
-        "--data",
-        trained / "data",
-        "--out",
-        tmp_path,
-        "--steps",
-        100_000,
-        "--batch",
-        8,
-        "--log-every",
-        1,
-        "--encoder",
-        trained / "out" / "encoder.pt",
-    ]
-    process = launch("train_stage1.py", *args, world=world)
-    output, error = stop_at(process, tmp_path / "stage1.jsonl", 3, signal.SIGTERM)
-    assert output.count("run the same command") == 1 and (world == 2 or process.returncode == 0), (
-        output,
-        error,
-    )
-    step = sample.load_checkpoint(tmp_path / "stage1.pt", ["stage1"])["step"]
-    assert step >= 3 and max(losses(tmp_path / "stage1.jsonl")) == step
-
-
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    def full(content, file):
-        file.write(b"new")
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "stage1.pt"
-    sample.save_checkpoint(path, {"kind": "stage1", "step": 1})
-    monkeypatch.setattr(torch, "save", full)
-    refuses(
-        "stage1.pt cannot be written .*No space left.*make room",
-        sample.save_checkpoint,
-        path,
-        {"step": 2},
-    )
-    assert sample.load_checkpoint(path, ["stage1"])["step"] == 1 and list(tmp_path.iterdir()) == [
-        path
-    ]
-
-
-@pytest.mark.parametrize("every", [1, 4])
-def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(trained, tmp_path, capsys, every):
-    args = [
-        "--data",
-        trained / "data",
-        "--out",
-        tmp_path,
-        "--batch",
-        8,
-        "--save-every",
-        every,
-        "--device",
-        "cpu",
-        "--encoder",
-        trained / "out" / "encoder.pt",
-        "--lr",
-        1e25,
-        "--warmup",
-        0,
-        "--steps",
-        9,
-    ]
-    assert "not finite at step" in refusal("train_stage1.py", args, capsys)
-    if (tmp_path / "stage1.pt").exists():
-        state = sample.load_checkpoint(tmp_path / "stage1.pt", ["stage1"])["decoder"]["state"]
-        assert all(
-            tensor.isfinite().all() for tensor in state.values() if isinstance(tensor, torch.Tensor)
-        )
-
-
 def test_what_was_really_read_decides_label_and_caption(tmp_path, capfd):
-    """The picture after an unreadable one stands in for it, with its own label and number, also
-    among the tokens."""
+    """The picture after an unreadable one stands in for it, with its own label and number.
+
+    Also among the tokens. Where no picture can be read, that is refused."""
     for i, name in enumerate(("a/0.png", "a/1.png", "b/2.png")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (16, 16), (40 * i,) * 3).save(tmp_path / name)
@@ -1630,9 +1261,11 @@ def test_what_was_really_read_decides_label_and_caption(tmp_path, capfd):
     refuses("not one", one.Pictures(str(tmp_path), 16).__getitem__, 0)
 
 
+# ---- train_stage1.py: the loop and its options
 def test_the_trainer_is_a_plain_loop(trained, tmp_path):
-    """Stage 1's losses are those of a loop without its helpers: unfused AdamW, autograd through
-    plain modules."""
+    """Stage 1's losses are those of a loop without its helpers.
+
+    Unfused AdamW, autograd through plain modules."""
     args = [
         "--data",
         trained / "data",
@@ -1682,10 +1315,194 @@ def test_the_trainer_is_a_plain_loop(trained, tmp_path):
         optimizer.step()
 
 
+def test_what_the_trainers_leave(trained):
+    """Both stages leave a log of every step, a picture, and a checkpoint that loads its average.
+
+    The average is of the embedding and the decoder; stage 2 knows the tokens' mean and
+    deviation."""
+    out = trained / "out"
+    for stage in ("stage1", "stage2"):
+        assert sorted(losses(out / f"{stage}.jsonl")) == [1, 2, 3, 4, 5, 6]
+        assert Image.open(out / f"{stage}.png").size[0] >= 8 * 16
+    model = RepTok.load(out / "stage2.pt")
+    assert model.classes == one.SHAPES
+    z = model.encode(torch.rand(5, 3, 40, 30) * 2 - 1)
+    assert z.shape == (5, 1, 128) and model.decode(z, steps=2).shape == (5, 3, 16, 16)
+    z = (
+        model.encode(pixels_of(one.Pictures(str(trained / "data"), 16), range(40))) - model.mean
+    ) / model.std
+    assert z.mean((0, 1)).abs().max() < 0.1 and (z.std((0, 1)) - 1).abs().max() < 0.1
+    content, model = (
+        sample.load_checkpoint(out / "stage1.pt", ["stage1"]),
+        RepTok.load(out / "stage1.pt"),
+    )
+    # The average is loaded.
+    assert torch.equal(model.tokenizer.embedding, content["ema"]["tokenizer.embedding"])
+    assert not torch.equal(
+        content["tokenizer"]["state"]["embedding"], content["ema"]["tokenizer.embedding"]
+    )
+    names = {f"decoder.{name}" for name, _ in model.decoder.named_parameters()}
+    assert set(content["ema"]) == {"tokenizer.embedding", *names}
+
+
+def test_the_picture_and_the_last_line_of_stage_1(trained, tmp_path, capsys):
+    """Stage 1 ends with a picture, and with a line whose PSNR can be taken again from its model.
+
+    Three rows: pictures, from z0, from z; with nothing trained the last two are the same, and the
+    line says so. It also counts what was trained."""
+    args = ["--data", trained / "data", *QUICK1[2:], "--encoder", trained / "out" / "encoder.pt"]
+    args += ["--steps", 30, "--warmup", 0, "--token-lr", 100]
+    vit = tok.load_encoder(trained / "out" / "encoder.pt")
+    total = sum(p.numel() for p in vit.parameters())
+    # All: but the two unread embeddings.
+    for what, count in (("none", 0), ("token", 128), ("all", total - 256 + 128)):
+        capsys.readouterr()
+        inside("train_stage1.py", *args, "--unfreeze", what, "--out", tmp_path / what)
+        line = capsys.readouterr().out.splitlines()[-1]
+        rows = fid.decode(tmp_path / what / "stage1.png").reshape(3, 64, -1, 3).astype(int)
+        assert np.array_equal(rows[1], rows[2]) == (what == "none")
+        said = re.search(
+            r"PSNR ([\d.]+) dB from z, ([\d.]+) dB from z0; cos\(z, z0\) ([\d.]+); "
+            r"([\d,]+) of ([\d,]+)",
+            line,
+        )
+        assert [int(said[i].replace(",", "")) for i in (4, 5)] == [count, total], line
+        assert (
+            (said[1] == said[2])
+            == (said[3] == "1.000")
+            == (what == "none")
+            != ("--unfreeze none" in line)
+        )
+        content = RepTok.load(tmp_path / what / "stage1.pt")
+        pictures = one.Pictures(str(trained / "data"), 16)
+        # In the order of the run, which fixes their noise.
+        x = one.held_out(pictures, argparse.Namespace(), 100)
+        images = [content.decode(z, 20) for z in (content.encode(x), content.tokenizer.z0(x))]
+        for images, figure in zip(images, (said[1], said[2])):
+            assert (
+                abs(fid.psnr(fid.to_uint8(x), fid.to_uint8(images)).mean() - float(figure)) < 0.01
+            )
+
+
+def test_what_a_run_says_and_how_often_it_saves(tmp_path, monkeypatch, capsys):
+    """A run says first what it will do, and after 50 steps how much time is left.
+
+    Above nano it saves at most one checkpoint an hour, unless --save-every is given."""
+    now, pictures = [0.0], one.Pictures(None, 16)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    for size, given, saved in (("XL", None, [1]), ("XL", 10, [0, 1]), ("nano", None, [0, 1])):
+        args = argparse.Namespace(size=size, steps=None, save_every=given, batch=512, accumulate=2)
+        one.fill_defaults(args, one.PAPER, one.NANO)
+        ranks, times = sample.Ranks("cpu", "float32"), []
+        log = one.Log(tmp_path / "stage1.pt", args, ranks, 0, pictures, {"a": torch.ones(70, 30)})
+        for step in range(1, 101):
+            now[0] += 40.0
+            if step % 20 == 0:
+                log.write(step, loss=1.0, norm=1.0)
+            if step % 50 == 0:
+                times += [step // 50 - 1] * log.due(False)
+        assert times == saved and log.due(True), (size, given)
+        said = capsys.readouterr().out
+        assert (
+            f"size {size}, 10000 pictures at {args.pixels}x{args.pixels} pixels, 10 "
+            "classes; 2,100 trained"
+            in said
+        )
+        left = (args.steps - 60) * 40 // 3600
+        assert said.count("--steps or --size") == 1 and f"12.8 images/s: {left}:" in said
+
+
+def test_fine_tuning_from_a_checkpoint(trained, tmp_path):
+    """A run with --init starts near the other run's weights, and trains embedding and decoder.
+
+    --init starts at the averaged weights of the other run; the ViT is not trained."""
+    start = trained / "out" / "stage2.pt"
+    inside(
+        "train_stage1.py",
+        "--init",
+        start,
+        "--data",
+        trained / "data",
+        "--out",
+        tmp_path,
+        *QUICK1[2:],
+    )
+    was, now = (
+        RepTok.load(start).state_dict(),
+        sample.load_checkpoint(tmp_path / "stage1.pt", ["stage1"]),
+    )
+    assert torch.equal(
+        was["tokenizer.vit.norm.weight"], now["tokenizer"]["state"]["vit.norm.weight"]
+    )
+    for network, name in (("tokenizer", "embedding"), ("decoder", "merge.weight")):
+        assert 0 < (was[f"{network}.{name}"] - now[network]["state"][name]).abs().max() < 0.1
+
+
+def test_pictures_without_classes_and_a_token_that_rests(trained, tmp_path):
+    """A flat folder trains and samples without classes; --token-lr 0 leaves the embedding alone.
+
+    --token-lr scales the embedding's learning rate alone: the decoder moves."""
+    data, out, encoder = (
+        ["--data", trained / "data" / "heart"],
+        ["--out", tmp_path],
+        trained / "out" / "encoder.pt",
+    )
+    inside(
+        "train_stage1.py",
+        *data,
+        *out,
+        *QUICK1[2:],
+        "--batch",
+        2,
+        "--encoder",
+        encoder,
+        "--token-lr",
+        0,
+    )
+    content = sample.load_checkpoint(tmp_path / "stage1.pt", ["stage1"])
+    assert torch.equal(
+        content["tokenizer"]["state"]["embedding"], tok.load_encoder(encoder).cls_token
+    )
+    assert content["decoder"]["state"]["patch_out.weight"].abs().max() > 0
+    inside("train_stage2.py", *data, *out, *QUICK2, "--batch", 2)
+    assert RepTok.load(tmp_path / "stage2.pt").mixer.label is None
+    inside(
+        "sample.py",
+        "--ckpt",
+        tmp_path / "stage2.pt",
+        "--per-class",
+        3,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "s.png",
+    )
+    assert Image.open(tmp_path / "s.png").size == (3 * 64, 64)
+
+
+def test_size_is_that_of_the_checkpoint():
+    """Without --size, the decoder's width in the checkpoint gives the size and its defaults.
+
+    Values that are given stay; a width that no size has is refused."""
+    for size, steps in (("nano", one.NANO["steps"]), ("S", 1_000_000), ("XL", 1_000_000)):
+        with torch.device("meta"):
+            model = RepTok(
+                None, dec.Decoder(**{**one.SIZES[size]["decoder"], "depth": 0}), dec.PixelSpace()
+            )
+        args = argparse.Namespace(size=None, steps=None, lr=7.0)
+        one.fill_defaults(args, one.PAPER, one.NANO, model)
+        assert (args.size, args.steps, args.lr, args.pixels) == (size, steps, 7.0, 32)
+    model.decoder.config["width"] = 64
+    refuses("--size", one.fill_defaults, argparse.Namespace(size=None), one.PAPER, one.NANO, model)
+
+
+# ---- train_stage1.py: the optimizer
 @pytest.mark.parametrize("shape", [(60, 20), (20, 60), (32, 32)])
 def test_muon_against_torch(shape):
-    """Three steps on random gradients; torch's own takes its iterations in bfloat16. The other
-    parameter is AdamW's."""
+    """Muon moves matrices as torch's own does, and the other parameters as AdamW does.
+
+    Three steps on random gradients; torch's own takes its iterations in bfloat16. An orthogonalised
+    matrix has lengths near 1."""
     torch.manual_seed(0)
     start = {"a.attn.weight": torch.randn(shape), "a.norm.weight": torch.randn(shape)}
     mine = {name: nn.Parameter(p.clone()) for name, p in start.items()}
@@ -1708,9 +1525,11 @@ def test_muon_against_torch(shape):
     assert 0.6 < lengths.min() and lengths.max() < 1.3
 
 
+# ---- train_stage1.py: the cache
 def test_cache_is_what_the_networks_give(trained, tmp_path):
-    """The file of --cache holds posteriors and z0, also mirrored; a run on it equals one without,
-    but for float16."""
+    """The cache holds the posteriors and z0 that the networks give, also of mirrored pictures.
+
+    A run on it equals one without, but for float16. Other tokens have files of their own."""
     encoder, file = trained / "out" / "encoder.pt", tmp_path / "vae.safetensors"
     torch.manual_seed(1)
     file.write_bytes(safetensors(dec.VAE((32, 32, 32, 32)).state_dict()))
@@ -1759,7 +1578,10 @@ def test_cache_is_what_the_networks_give(trained, tmp_path):
 
 
 def test_a_stopped_pass_goes_on(trained, tmp_path):
-    """Records that are done are not made again; the others are."""
+    """A pass makes what is not done, and once all is done, nothing.
+
+    Records that are done are not made again, but those in one chunk with one that is not. A file
+    that was cut short is made anew; values beyond float16 are refused."""
     pictures, made = one.Pictures(str(trained / "data"), 16), []
     args, ranks = (
         argparse.Namespace(out=tmp_path, flip=False, workers=0, dtype="float32"),
@@ -1786,210 +1608,205 @@ def test_a_stopped_pass_goes_on(trained, tmp_path):
     refuses("float16", run, "b", lambda x: [x[:, 0, 0, :1] + 1e6])
 
 
-# ---- Text
-ORDER = [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173]
-# Ids 512..517, start 518, end 519.
-MERGES = ["c a", "ca t</w>", "t h", "th e</w>", "a t</w>", "Ã ©</w>"]
+# ---- train_stage1.py: never lose a run
+def stop_at(process, log, step, which):
+    """Send a signal to a run once `log` shows `step`; SIGKILL to all of its processes, others twice
+    to the first."""
+    for _ in range(3000):
+        if process.poll() is not None or log.exists() and log.read_text().count("\n") >= step:
+            break
+        time.sleep(0.02)
+    if which == signal.SIGKILL:  # torchrun's workers are in groups of their own
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if str(log.parent).encode() in (entry / "cmdline").read_bytes():
+                    os.kill(int(entry.name), which)
+    else:
+        process.send_signal(which)
+        process.send_signal(which)
+    return process.communicate(timeout=120)
 
 
-@pytest.fixture(scope="module")
-def bpe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bpe") / "vocab.gz"
-    path.write_bytes(gzip.compress("\n".join(["header", *MERGES, ""]).encode()))
-    return tok.BPE(path)
-
-
-# Want: words that no merge touches as text, ids of merged ones as numbers.
-@pytest.mark.parametrize(
-    "text, want",
-    [
-        ("", []),
-        ("The  CAT\n", [515, 513]),
-        ("cat é", [513, 517]),
-        ("e\u0301", [517]),
-        ("cat\u2019s", [513, "'s"]),
-        ("42", ["4", "2"]),
-        ("a_b", ["a", "_", "b"]),
-        ("日本", ["日本"]),
-        ("😀👍", ["😀👍"]),
-        ("&amp;amp;amp;", ["&", "amp", ";"]),
-        ("&eacute;&amp;cat", [517, "&", 513]),
-        ("a<|startoftext|>cat<|EndOfText|>", ["a", 518, 513, 519]),
-    ],
-)
-def test_ids(bpe, text, want):
-    ids = [518]
-    for word in want:
-        ids += [word] if isinstance(word, int) else [ORDER.index(b) for b in word.encode()]
-        ids[-1] += 256 * isinstance(word, str)
-    assert bpe.encode(text) == [*ids, 519] and bpe([text])[0].tolist() == [*ids, 519] + [0] * (
-        76 - len(ids)
+def short(trained, script, out):
+    """Options of a run of 18 steps that saves every six."""
+    start = (
+        ("--encoder", "encoder.pt") if script == "train_stage1.py" else ("--stage1", "stage1.pt")
     )
-
-
-def test_captions_are_cut_at_77(bpe, tmp_path):
-    ids = bpe(["cat " * 75, "cat " * 76, "the"])
-    assert (
-        ids.shape == (3, 77)
-        and ids.dtype == torch.long
-        and torch.equal(ids[0], ids[1])
-        and ids[1, -1] == 519
-    )
-    assert len(bpe.encode("cat " * 75)) == bpe.context < len(bpe.encode("cat " * 76))
-    assert bpe([]).shape == (0, 77)
-    for data in (
-        b"text",
-        gzip.compress(b"header\nnot a merge\n"),
-        gzip.compress(b"header\na b\n")[:-9],
-    ):
-        (tmp_path / "v.gz").write_bytes(data)
-        refuses("v.gz is not", tok.BPE, tmp_path / "v.gz")
-
-
-@pytest.fixture(scope="module")
-def small_clip(tmp_path_factory, bpe):
-    """A tiny CLIP whose text tower knows `bpe`, and that vocabulary: two paths."""
-    folder = tmp_path_factory.mktemp("clip")
-    weights = official({**clip_shapes(), "token_embedding.weight": (bpe.size, 64)})
-    torch.save(hugging_face(weights), folder / "clip.bin")
-    (folder / "vocab.gz").write_bytes(bpe.file)
-    return folder / "clip.bin", folder / "vocab.gz"
-
-
-def test_clip_text_end_to_end(trained, small_clip, tmp_path, capsys):
-    """Training on captions read by CLIP, going on, prompts, and a CLIP score that is taken again by
-    hand."""
-    write_pairs(tmp_path)
-    clip, out = ["--clip", small_clip[0], "--bpe", small_clip[1]], tmp_path / "out"
-    train = [
-        "train_stage2.py",
-        "--captions",
-        tmp_path / "t.jsonl",
-        *clip,
+    return [
+        "--data",
+        trained / "data",
         "--out",
         out,
+        start[0],
+        trained / "out" / start[1],
         *QUICK2,
-        "--stage1",
-        trained / "out" / "stage1.pt",
+        "--steps",
+        18,
+        "--save-every",
+        6,
     ]
-    inside(*train)
-    # A weight file may move between two runs.
-    moved = shutil.copytree(small_clip[0].parent, tmp_path / "moved")
-    inside(*train, "--steps", 7, "--clip", moved / "clip.bin", "--bpe", moved / "vocab.gz")
-    draw = ["sample.py", "--ckpt", out / "stage2.pt", "--steps", 2, "--device", "cpu"]
-    inside(
-        *draw,
-        "--prompt",
-        "the cat",
-        "--prompt",
-        "a " * 100,
-        "--per-class",
-        2,
+
+
+@pytest.fixture(scope="module")
+def whole(trained, tmp_path_factory):
+    """A function: (script, processes) -> losses of a run that is never stopped, made once."""
+
+    @functools.cache
+    def run(script, world):
+        out = tmp_path_factory.mktemp("whole")
+        finished(launch(script, *short(trained, script, out), world=world))
+        return losses(out / f"{script[6:12]}.jsonl")
+
+    return run
+
+
+def test_continuing_extending_and_refusing(trained, tmp_path, capsys):
+    """A finished run says so, goes on with more --steps, and refuses other options.
+
+    A refusal leaves the checkpoint as it was."""
+    out, args = tmp_path / "out", ["--data", trained / "data", "--out", tmp_path / "out", *QUICK1]
+    shutil.copytree(trained / "out", out)
+    before = (out / "stage1.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        inside("train_stage1.py", *args)
+    assert stop.value.code == 0 and "finished" in capsys.readouterr().out
+    for options, says in (
+        ([*args, "--batch", 4], "--batch"),
+        ([*args, "--lam", 0.5], "--lam"),
+        (args[2:], "--data"),
+    ):
+        assert says in refusal("train_stage1.py", options, capsys)
+    assert (out / "stage1.pt").read_bytes() == before
+    inside("train_stage1.py", *args, "--steps", 8)
+    assert sorted(losses(out / "stage1.jsonl")) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py"])
+def test_killed_and_continued_equals_never_stopped(trained, whole, tmp_path, script, world):
+    """A run that was killed and continued has bit for bit the losses of one never stopped.
+
+    SIGKILL in the middle of a run, at whatever step it is, then the same command."""
+    stage, args = script[6:12], short(trained, script, tmp_path)
+    stop_at(launch(script, *args, world=world), tmp_path / f"{stage}.jsonl", 8, signal.SIGKILL)
+    path = tmp_path / f"{stage}.pt"
+    assert not path.exists() or sample.load_checkpoint(path, [stage])["step"] < 18
+    finished(launch(script, *args, world=world))
+    killed = losses(tmp_path / f"{stage}.jsonl")
+    assert killed == whole(script, world) and len(killed) == 18
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_sigterm_finishes_the_step_and_saves(trained, tmp_path, world):
+    """On SIGTERM a run finishes its step, saves it, and says how to go on.
+
+    The log ends with the step of the checkpoint."""
+    args = [
+        "--data",
+        trained / "data",
         "--out",
-        tmp_path / "p.png",
-    )
-    assert "too long" in capsys.readouterr().out and Image.open(tmp_path / "p.png").size == (
-        2 * 64,
-        2 * 64,
-    )
-    inside(*draw, "--prompts", tmp_path / "t.jsonl", "--num", 12, *clip, "--save", tmp_path)
-    score = float(re.search(r"CLIP score ([\d.-]+)", capsys.readouterr().out)[1])
-    captions = [
-        json.loads(line)["caption"] for line in (tmp_path / "t.jsonl").read_text().splitlines()
+        tmp_path,
+        "--steps",
+        100_000,
+        "--batch",
+        8,
+        "--log-every",
+        1,
+        "--encoder",
+        trained / "out" / "encoder.pt",
     ]
-    tensors, words, cosines = (
-        torch.load(small_clip[0], weights_only=True),
-        tok.BPE(small_clip[1]),
-        [],
+    process = launch("train_stage1.py", *args, world=world)
+    output, error = stop_at(process, tmp_path / "stage1.jsonl", 3, signal.SIGTERM)
+    assert output.count("run the same command") == 1 and (world == 2 or process.returncode == 0), (
+        output,
+        error,
     )
-    vit, tower = tok.load_encoder(small_clip[0]), tok.load_text_encoder(small_clip[0])
-    for i in range(12):
-        x = (
-            torch.from_numpy(fid.decode(tmp_path / "generated" / f"{i:06d}.png")).permute(2, 0, 1)[
-                None
-            ]
-            / 127.5
-            - 1
+    step = sample.load_checkpoint(tmp_path / "stage1.pt", ["stage1"])["step"]
+    assert step >= 3 and max(losses(tmp_path / "stage1.jsonl")) == step
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    """On a full disk the old checkpoint stays as it was, and nothing is left beside it."""
+
+    def full(content, file):
+        file.write(b"new")
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "stage1.pt"
+    sample.save_checkpoint(path, {"kind": "stage1", "step": 1})
+    monkeypatch.setattr(torch, "save", full)
+    refuses(
+        "stage1.pt cannot be written .*No space left.*make room",
+        sample.save_checkpoint,
+        path,
+        {"step": 2},
+    )
+    assert sample.load_checkpoint(path, ["stage1"])["step"] == 1 and list(tmp_path.iterdir()) == [
+        path
+    ]
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(trained, tmp_path, capsys, every):
+    """A run that diverges stops and says where; a checkpoint that it leaves is finite."""
+    args = [
+        "--data",
+        trained / "data",
+        "--out",
+        tmp_path,
+        "--batch",
+        8,
+        "--save-every",
+        every,
+        "--device",
+        "cpu",
+        "--encoder",
+        trained / "out" / "encoder.pt",
+        "--lr",
+        1e25,
+        "--warmup",
+        0,
+        "--steps",
+        9,
+    ]
+    assert "not finite at step" in refusal("train_stage1.py", args, capsys)
+    if (tmp_path / "stage1.pt").exists():
+        state = sample.load_checkpoint(tmp_path / "stage1.pt", ["stage1"])["decoder"]["state"]
+        assert all(
+            tensor.isfinite().all() for tensor in state.values() if isinstance(tensor, torch.Tensor)
         )
-        x = F.interpolate(x, (64, 64), mode="bicubic", antialias=True)
-        image = vit(normalised(x, tok.CLIP))[0, 0] @ tensors["visual_projection.weight"].T
-        text = (
-            tower(words([captions[i]]))[0][len(words.encode(captions[i])) - 1]
-            @ tensors["text_projection.weight"].T
+
+
+# ---- train_stage1.py and train_stage2.py: ranks
+@pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py"])
+def test_two_ranks_equal_one_process(trained, whole, tmp_path, script):
+    """Two ranks, and one process with accumulation, have the losses of one process.
+
+    torchrun with two gloo processes; ten steps are compared."""
+    shutil.copytree(trained / "out", tmp_path / "out")
+    inside(script, *short(trained, script, tmp_path / "out"), "--accumulate", 2, "--fresh")
+    want, pieces = whole(script, 1), losses(tmp_path / "out" / f"{script[6:12]}.jsonl")
+    for got in (whole(script, 2), pieces):
+        assert (
+            max(abs(got[step] - want[step]) for step in range(1, 11))
+            < 1e-5
+            < abs(want[10] - want[1])
         )
-        cosines.append(F.cosine_similarity(image, text, dim=0).item())
-    assert abs(score - 100 * np.mean(cosines)) < 0.01
 
 
-def test_padding_changes_no_text_feature(small_clip, bpe):
-    """What follows the end token changes neither its feature nor any before it; the first end token
-    counts."""
-    tower, ids = tok.load_text_encoder(small_clip[0]), bpe(["a cat", "the bat sat", ""])
-    padded = torch.where(ids == 0, torch.randint(1, 520, ids.shape), ids)
-    assert torch.equal(tower.embed(ids), tower.embed(padded))
-    assert torch.allclose(tower(ids[:, :9]), tower(ids)[:, :9], atol=1e-5)
-    for a, b, n in zip(tower(ids), tower(padded), ids.argmax(1) + 1):
-        assert torch.equal(a[:n], b[:n]) and not torch.equal(a[n:], b[n:])
+# ---- train_stage2.py: tokens
+def test_stage_2_takes_the_pictures_of_its_stage_1(trained, tmp_path, capsys):
+    """Stage 2 takes the pictures of its stage 1, and refuses them once they have changed."""
+    shutil.copytree(trained / "data", tmp_path / "data")
+    inside("train_stage1.py", "--data", tmp_path / "data", "--out", tmp_path, *QUICK1, "--steps", 1)
+    inside("train_stage2.py", "--out", tmp_path, *QUICK2, "--steps", 1)
+    next((tmp_path / "data").rglob("*.png")).unlink()
+    assert "have changed" in refusal("train_stage2.py", ["--out", tmp_path, *QUICK2], capsys)
 
 
-def test_text_in_the_mixer():
-    """Zero start: text changes nothing yet. Then padding never changes an output, and no text is
-    the learned null."""
-    torch.manual_seed(0)
-    m = mix.Mixer(K=2, D=8, hidden=16, depth=2, num_classes=0, text_width=12)
-    z, t, text = torch.randn(3, 2, 8), torch.rand(3), torch.randn(3, 5, 12)
-    mask = torch.arange(5) < torch.tensor([[5], [2], [3]])
-    assert m.layers[0].tokens.up.weight.shape[1] == 2 + 4 + 1
-    assert torch.equal(m(z, t, None, text, mask), m(z, t, None, text * 2 + 1, mask))
-    busy(m)
-    out, noise = (
-        m(z, t, None, text, mask),
-        torch.where(mask[..., None], text, torch.randn_like(text)),
-    )
-    assert torch.equal(out, m(z, t, None, noise, mask))
-    assert (out - m(z, t, None, text + 1, mask.roll(1, 1))).abs().max() > 1e-4
-    assert torch.allclose(
-        out, m(z, t, None, F.pad(text, (0, 0, 0, 4)), F.pad(mask, (0, 4))), atol=1e-5
-    )
-    null = m(z, t, None, text, mask & False)
-    assert (
-        torch.equal(null, m(z, t, None, torch.randn_like(text), mask & False))
-        and (null - out).abs().max() > 1e-4
-    )
-    at = torch.tensor([0.5])
-    u, c = m(z, at, None, text, mask & False), m(z, at, None, text, mask)
-    assert torch.allclose(mix.guided(m, None, text, mask, 3.0)(z, at), u + 3 * (c - u), atol=1e-4)
-    assert torch.equal(mix.guided(m, None, text, mask, 1.0)(z, at), c)
-
-
-def test_cross_attention_against_torch():
-    c = busy(mix.CrossAttention(128, 24))
-    x, text, mask = (
-        torch.randn(2, 3, 128),
-        torch.randn(2, 5, 24),
-        torch.arange(5) < torch.tensor([[5], [2]]),
-    )
-    kv, ref = text @ c.kv.weight.T + c.kv.bias, nn.MultiheadAttention(128, 2, batch_first=True)
-    with torch.no_grad():  # its own projections are made the identity
-        ref.in_proj_weight.copy_(torch.eye(128).repeat(3, 1))
-        ref.in_proj_bias.zero_()
-        ref.out_proj.load_state_dict(c.out.state_dict())
-    want, _ = ref(c.q(c.norm(x)), kv[..., :128], kv[..., 128:], key_padding_mask=~mask)
-    assert torch.allclose(c(x, text, mask), want, atol=1e-5)
-
-
-def test_word_encoder_masks_padding():
-    w = tok.WordEncoder(["a", "red", "seven", "on", "blue"])
-    short, both = w.ids(["a red seven"]), w.ids(["a red seven", "a red seven on blue on blue"])
-    assert both.tolist()[0] == [2, 3, 4, 0, 0, 0, 0] and w.ids(["zebra"]).tolist() == [[1]]
-    assert len(w.split("a " * 30)) == 30 > w.context
-    assert torch.allclose(w(short)[0], w(both)[0, :3], atol=1e-5)
-    # Order counts.
-    assert (w(w.ids(["red on blue"])) - w(w.ids(["blue on red"])))[0, 1].abs().max() > 1e-4
-
-
-# Captioned shapes as folder of pairs, .jsonl and two .tar shards.
+# ---- train_stage2.py: captions
 def write_pairs(folder, count=12):
+    """Write captioned shapes as folder of pairs, .jsonl and two .tar shards."""
     plans, rows = [one.plan_shape(i, 3) for i in range(count)], []
     for part in ("pairs", "shards"):
         (folder / part).mkdir()
@@ -2009,6 +1826,10 @@ def write_pairs(folder, count=12):
 
 
 def test_captioned_sources_agree(tmp_path):
+    """A folder of pairs, a .jsonl and .tar shards give the same pictures and captions.
+
+    Two ranks see every picture of an epoch once. Only a newline ends a line of .jsonl. A caption
+    that is empty or not there is refused."""
     plans = write_pairs(tmp_path)
     sets = [two.Captioned(str(tmp_path / name), 16) for name in ("pairs", "t.jsonl", "shards")]
     for i, plan in enumerate(plans):
@@ -2037,8 +1858,12 @@ def test_captioned_sources_agree(tmp_path):
     refuses("03.png", two.Captioned, str(tmp_path / "pairs"), 16)
 
 
+# ---- train_stage2.py: text, from training to samples
 def test_text_to_image_commands(trained, tmp_path, capsys):
-    """Words trained along, features made beforehand; prompts, features and refusals."""
+    """Stage 2 trains on words or on features made beforehand, and sample.py draws from both.
+
+    Accumulation and the loader's processes leave the losses as they are, and what a mask leaves out
+    changes nothing. What does not fit is refused."""
     write_pairs(tmp_path)
     start = ["--stage1", trained / "out" / "stage1.pt", *QUICK2]
     for out, more in (("words", []), ("again", ["--accumulate", 2])):
@@ -2107,17 +1932,364 @@ def test_text_to_image_commands(trained, tmp_path, capsys):
     )
 
 
-# ---- Scores: fid.py
-def fid_picture(i, h, w):  # waves that differ with i
+def test_clip_text_end_to_end(trained, small_clip, tmp_path, capsys):
+    """Captions read by CLIP train stage 2, and the CLIP score is that which is taken by hand.
+
+    Training, going on with weight files that have moved, prompts, one of them too long, and the
+    score."""
+    write_pairs(tmp_path)
+    clip, out = ["--clip", small_clip[0], "--bpe", small_clip[1]], tmp_path / "out"
+    train = [
+        "train_stage2.py",
+        "--captions",
+        tmp_path / "t.jsonl",
+        *clip,
+        "--out",
+        out,
+        *QUICK2,
+        "--stage1",
+        trained / "out" / "stage1.pt",
+    ]
+    inside(*train)
+    # A weight file may move between two runs.
+    moved = shutil.copytree(small_clip[0].parent, tmp_path / "moved")
+    inside(*train, "--steps", 7, "--clip", moved / "clip.bin", "--bpe", moved / "vocab.gz")
+    draw = ["sample.py", "--ckpt", out / "stage2.pt", "--steps", 2, "--device", "cpu"]
+    inside(
+        *draw,
+        "--prompt",
+        "the cat",
+        "--prompt",
+        "a " * 100,
+        "--per-class",
+        2,
+        "--out",
+        tmp_path / "p.png",
+    )
+    assert "too long" in capsys.readouterr().out and Image.open(tmp_path / "p.png").size == (
+        2 * 64,
+        2 * 64,
+    )
+    inside(*draw, "--prompts", tmp_path / "t.jsonl", "--num", 12, *clip, "--save", tmp_path)
+    score = float(re.search(r"CLIP score ([\d.-]+)", capsys.readouterr().out)[1])
+    captions = [
+        json.loads(line)["caption"] for line in (tmp_path / "t.jsonl").read_text().splitlines()
+    ]
+    tensors, words, cosines = (
+        torch.load(small_clip[0], weights_only=True),
+        tok.BPE(small_clip[1]),
+        [],
+    )
+    vit, tower = tok.load_encoder(small_clip[0]), tok.load_text_encoder(small_clip[0])
+    for i in range(12):
+        x = (
+            torch.from_numpy(fid.decode(tmp_path / "generated" / f"{i:06d}.png")).permute(2, 0, 1)[
+                None
+            ]
+            / 127.5
+            - 1
+        )
+        x = F.interpolate(x, (64, 64), mode="bicubic", antialias=True)
+        image = vit(normalised(x, tok.CLIP))[0, 0] @ tensors["visual_projection.weight"].T
+        text = (
+            tower(words([captions[i]]))[0][len(words.encode(captions[i])) - 1]
+            @ tensors["text_projection.weight"].T
+        )
+        cosines.append(F.cosine_similarity(image, text, dim=0).item())
+    assert abs(score - 100 * np.mean(cosines)) < 0.01
+
+
+# ---- sample.py: RepTok and its checkpoints
+def test_samples_do_not_depend_on_the_batch(trained):
+    """A sample does not depend on the other samples of its batch.
+
+    Its noise is that of its number, and the Mixer's is not the decoder's."""
+    model, classes = RepTok.load(trained / "out" / "stage2.pt"), torch.arange(10)
+    z = model.generate(classes, steps=3, cfg=1.5)
+    assert torch.allclose(z[:3], model.generate(classes[:3], steps=3, cfg=1.5), atol=1e-5)
+    assert torch.allclose(model.decode(z, steps=3)[:3], model.decode(z[:3], steps=3), atol=1e-5)
+    own = model.noise(range(10), mixer=True)
+    assert torch.equal(model.generate(classes, steps=3, noise=own), z)
+    # Not the decoder's numbers.
+    assert (own[:, 0] - model.noise(range(10)).flatten(1)[:, :128]).abs().mean() > 0.5
+    refuses("classes", model.generate)
+
+
+def test_checkpoints_with_time_the_other_way_are_refused():
+    """A checkpoint without t_max among the decoder's settings is refused.
+
+    Decoders were trained on 1-t before their settings had t_max; their weights would load without a
+    word."""
+    decoder = dec.Decoder(3, 16, token_dim=32, **TINY)
+    content = RepTok(tok.Tokenizer(tiny_vit()), decoder, dec.PixelSpace()).content()
+    same = RepTok.from_checkpoint(content, "a.pt").decoder.state_dict()
+    assert all(torch.equal(same[name], x) for name, x in decoder.state_dict().items())
+    del content["decoder"]["config"]["t_max"]
+    refuses("a.pt.*t_max.*train again", RepTok.from_checkpoint, content, "a.pt")
+
+
+# ---- sample.py: commands, --export, and bad input to every script
+def test_sample_commands(trained, tmp_path):
+    """Each command of sample.py writes a picture of its size; an export draws the same samples.
+
+    An export is less than half as large; bfloat16 rounds, and draws the same picture."""
+    ckpt = ["--ckpt", trained / "out" / "stage2.pt", "--steps", 2]
+    some = sorted((trained / "data").rglob("*.png"))[:2]
+    for args, size in [
+        (["--classes", "heart", "star", "--per-class", 4], (4, 2)),
+        (["--reconstruct", *some], (2, 2)),
+        (["--interpolate", *some], (10, 1)),
+        (["--reconstruct", trained / "data"], (16, 2)),
+    ]:
+        inside("sample.py", *ckpt, *args, "--out", tmp_path / "s.png")
+        assert Image.open(tmp_path / "s.png").size == (64 * size[0], 64 * size[1])
+    inside("sample.py", *ckpt, "--export", tmp_path / "small.pt")
+    a, b = RepTok.load(ckpt[1]), RepTok.load(tmp_path / "small.pt")
+    assert torch.equal(a.generate(torch.arange(3), steps=2), b.generate(torch.arange(3), steps=2))
+    assert (tmp_path / "small.pt").stat().st_size < ckpt[1].stat().st_size / 2
+    refuses("stage 1", RepTok.load(trained / "out" / "stage1.pt").generate, torch.arange(3))
+    for dtype in ("float32", "bfloat16"):
+        more = ["--dtype", dtype, "--device", "cpu", "--out", tmp_path / f"{dtype}.png"]
+        inside("sample.py", *ckpt, "--classes", "star", *more)
+    a, b = (fid.decode(tmp_path / f"{dtype}.png").astype(int) for dtype in ("float32", "bfloat16"))
+    # Of 255: rounded, not another picture.
+    assert 0 < np.abs(a - b).max() and np.abs(a - b).mean() < 8
+
+
+BAD = {  # options, with {names} of files, and what the sentence says
+    "train_stage1.py": """--data {empty}: no pictures; --data {gone}: no such; --step 5: --step
+        --lam inf: --lam
+        --batch 0: --batch; --lr fast: --lr; --batch 9 --accumulate 2: --batch; --size S: --vae
+        --init {stage2} --unfreeze all: --unfreeze
+        --encoder {encoder} --pretrain-steps 9: --pretrain-steps
+        --pixels 18 {d}: patches; --encoder {text} {d}: text.png; --registers 4: --registers
+        --write-data {text}: text.png
+        --token reg --reg-index 4 --encoder {encoder} {d}: --reg-index
+        --encoder random --lam 1: --lam""",
+    "train_stage2.py": """--seed 0: stage1.pt; --bpe a: --bpe; --clip a.pt: --captions
+        --captions {d}: --data
+        --stage1 {encoder}: encoder; --stage1 {half}: half.pt""",
+    "sample.py": """--seed 0: --ckpt; {c} --classes eleven: eleven; {c} --classes 10: 10
+        {c} --num 3: --num
+        --ckpt {stage1}: stage 1; {c} --reconstruct {text}: text.png; {c} --reconstruct {gone}: gone
+        {c} --reconstruct {text} --interpolate a b: --interpolate
+        {c} --features {features}: no text
+        {c} --prompt x: no text; {c} --out {gone}/a.png: --out; {c} --out {empty}: --out
+        {c} --classes \u00b2: --classes; {c} --clip a --bpe b: --clip
+        {c} --per-class 0: --per-class
+        {c} --save s --export e.pt: --export""",
+}
+
+
+def test_bad_input(trained, tmp_path, monkeypatch, capsys):
+    """Bad input to a script ends in one sentence and status 2, and leaves nothing behind.
+
+    A mistake of our own still shows its traceback."""
+    out = trained / "out"
+    paths = {name: out / f"{name}.pt" for name in ("stage1", "stage2", "encoder")}
+    paths |= {
+        n.split(".")[0]: tmp_path / n
+        for n in ("empty", "gone", "text.png", "half.pt", "features.npz")
+    }
+    paths |= {"c": f"--ckpt {paths['stage2']}", "d": f"--data {trained / 'data'}"}
+    paths["empty"].mkdir()
+    paths["text"].write_text("no picture")
+    paths["half"].write_bytes((out / "stage2.pt").read_bytes()[:5000])
+    np.savez(paths["features"], features=np.zeros((3, 6), np.float32))
+    for script, lines in BAD.items():
+        for line in re.split(r";|\n", lines):
+            args, says = line.strip().rsplit(": ", 1)
+            where = [] if script == "sample.py" else ["--out", tmp_path / "new"]
+            assert says in refusal(script, [*args.format(**paths).split(), *where], capsys), args
+    assert not list(tmp_path.glob("new/*.pt"))
+    if not torch.cuda.is_available():
+        assert "--device cuda" in refusal(
+            "sample.py", ["--ckpt", out / "stage2.pt", "--device", "cuda"], capsys
+        )
+    inside("sample.py", "--ckpt", out / "stage1.pt", "--export", tmp_path / "empty" / "stage1.pt")
+    assert "an export" in refusal(
+        "train_stage1.py", ["--data", trained / "data", "--out", tmp_path / "empty"], capsys
+    )
+    run = launch("sample.py")  # and as a process
+    assert run.communicate()[1].count("\n") == 1 and run.returncode == 2
+    for error, says in (
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "--accumulate"),
+        (PermissionError(13, "Permission denied", "a"), "a: Permission"),
+    ):
+        monkeypatch.setattr(sample, "main", Mock(side_effect=error))
+        assert says in refusal("sample.py", [], capsys)
+    monkeypatch.setattr(sample, "main", Mock(side_effect=FileNotFoundError(2, "a mistake of ours")))
+    with pytest.raises(FileNotFoundError):
+        inside("sample.py")
+
+
+# ---- sample.py: --save
+def test_saved_files_are_the_same_on_two_ranks(trained, tmp_path, monkeypatch):
+    """Two processes save the pictures that one saves, to one level of 255.
+
+    --save of one process and of two; real/ holds the pictures as they are cut, for fid.py to
+    compare with."""
+    ckpt = ["--ckpt", trained / "out" / "stage2.pt", "--steps", 2, "--batch", 5, "--device", "cpu"]
+    jobs = [["--num", 12], ["--reconstruct", trained / "data"]]
+    runs = [launch("sample.py", *ckpt, *job, "--save", tmp_path / "2", world=2) for job in jobs]
+    asked, generate = [], RepTok.generate
+    monkeypatch.setattr(
+        RepTok,
+        "generate",
+        lambda model, classes, **more: (
+            asked.extend(classes.tolist()) or generate(model, classes, **more)
+        ),
+    )
+    for job in jobs:
+        inside("sample.py", *ckpt, *job, "--save", tmp_path / "1")
+    assert asked == [i % 10 for i in range(12)]
+    for run in runs:
+        finished(run)
+    files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.png"))
+    assert len(files) == 12 + 2 * 40
+    a, b = (
+        {str(file): fid.decode(tmp_path / world / file).astype(int) for file in files}
+        for world in "12"
+    )
+    assert max(np.abs(a[name] - b[name]).max() for name in a) <= 1  # of 255
+    pictures, model = (
+        one.Pictures(str(trained / "data"), 16),
+        RepTok.load(trained / "out" / "stage1.pt"),
+    )
+    assert np.array_equal(a["real/000007.png"], pictures.read(7).permute(1, 2, 0))
+    again = fid.to_uint8(model.decode(model.encode(pixels_of(pictures, [7])), 2, model.noise([7])))[
+        0
+    ].permute(1, 2, 0)
+    assert np.abs(a["reconstructed/000007.png"] - again.numpy()).max() <= 1
+
+
+# ---- sample.py: the authors' checkpoint
+# The authors' checkpoint with fewer layers: prefixes, the numbers in them, names and shapes.
+RELEASED = [
+    (
+        "first_stage.decoder.decoder.",
+        [0],
+        """
+        time_emb.weight 512x1 time_in_proj.weight 1024x1024 mapping.in_norm.scale 1024
+        mapping.out_norm.scale 1024
+        encoder.dino.temp_pos_embed 1x1x1x768 encoder.dino.new_reg 1x2x768
+        encoder.dino.backbone.fc.weight 1152x768
+        encoder.dino.backbone.fc.bias 1152 encoder.dino.backbone.ln.weight 1152
+        encoder.dino.backbone.ln.bias 1152
+        backbone.mid_merge.proj.weight 1152x1152 backbone.mid_merge.pre_proj.proj.weight 1152x16
+        backbone.mid_split.post_proj.norm.scale 1152
+        backbone.mid_split.post_proj.proj.weight 16x1152""",
+    ),
+    (
+        "first_stage.decoder.decoder.mapping.blocks.{}.",
+        range(2),
+        "norm.scale 1024 up_proj.weight 6144x1024 down_proj.weight 1024x3072",
+    ),
+    (
+        "first_stage.decoder.decoder.backbone.mid_level.{}.",
+        range(4),
+        """
+        self_attn.scale 16 self_attn.norm.linear.weight 1152x1024
+        self_attn.qkv_proj.weight 3456x1152
+        self_attn.out_proj.weight 1152x1152 self_attn.pos_emb.freqs 2x16x9
+        ff.norm.linear.weight 1152x1024
+        ff.up_proj.weight 6912x1152 ff.down_proj.weight 1152x3456""",
+    ),
+    (
+        "ema_model.net.",
+        [0],
+        """
+        pos_embed 1x1x768 label_embedder.embedding_table.weight 1001x768
+        t_embedder.mlp.0.weight 768x256
+        t_embedder.mlp.0.bias 768 t_embedder.mlp.2.weight 768x768 t_embedder.mlp.2.bias 768
+        mixer._orig_mod.0.weight 1280x768 mixer._orig_mod.0.bias 1280 mixer._orig_mod.7.weight 1280
+        mixer._orig_mod.7.bias 1280 mixer._orig_mod.8.weight 768x1280 mixer._orig_mod.8.bias 768""",
+    ),
+    (
+        "ema_model.net.mixer._orig_mod.{}.",
+        range(1, 7),
+        """
+        0.fn.0.weight 12x3x1 0.fn.0.bias 12 0.fn.3.weight 3x12x1 0.fn.3.bias 3 0.norm.weight
+        1280 0.norm.bias 1280
+        1.fn.0.weight 5120x1280 1.fn.0.bias 5120 1.fn.3.weight 1280x5120 1.fn.3.bias
+        1280 1.norm.weight 1280
+        1.norm.bias 1280""",
+    ),
+]
+
+
+def test_the_authors_checkpoint(tmp_path):
+    """The authors' checkpoint loads, and gives the figures of the authors' own code.
+
+    Encoder, decoder, Mixer and guidance, from their layout (theirs runs time backwards)."""
+    vit = shapes_of(
+        tok.ViT, width=768, depth=12, heads=12, patch=14, grid=37, registers=4, layer_scale=True
+    )
+    shapes = {f"first_stage.encoder.encoder.{name}": shape for name, shape in vit.items()}
+    shapes |= {
+        f"first_stage.decoder.decoder.ae.ae.{name}": shape
+        for name, shape in shapes_of(dec.VAE).items()
+    }
+    for prefix, numbers, table in RELEASED:
+        for i in numbers:
+            shapes |= table_of(prefix.format(i), table)
+    state = official(shapes, salt="a:") | {"metric_tracker.other": torch.ones(3)}
+    first_stage = {"_content": {"params": {"_content": {"scale_factor": {"_val": 1.3}}}}}
+    config = {"first_stage_cfg": first_stage, "other": {"scale_factor": 0.18215}}
+    # Not named .ckpt.
+    torch.save({"state_dict": state, "hyper_parameters": config, "epoch": 1}, tmp_path / "a.pt")
+    del state
+    model = RepTok.load(tmp_path / "a.pt")
+    (tmp_path / "a.pt").unlink()
+    near(
+        model.encode(picture("a:reptok-375x500", 1, 375, 500))[0, 0, :3],
+        [0.0541501, 0.3860424, 0.5609152],
+    )
+    z, x = model.encode(picture("a:reptok-256", 2, 256, 256)), uniform("a:noise", (2, 4, 32, 32))
+    n, classes = uniform("a:latent-noise", (4, 1, 768))[:3], torch.tensor([1, 207, 981])
+    with torch.no_grad():
+        v = -model.decoder(x, torch.full((2,), 0.5), z)
+        near(v[1, :, 3, 4], [-2.0065675, 0.505765, -0.8570567, 0.6616135], 5e-5)
+        near(
+            model.mixer(n, torch.full((3,), 0.25), classes)[1, 0, :3],
+            [0.2368025, -0.0491665, 1.5444434],
+        )
+    guided = model.generate(classes, steps=10, cfg=1.5, cfg_interval=(0.3, 0.9), noise=n)
+    near(guided[1, 0, :3] / 1.3, [0.9503103, 0.7618908, 3.0905805], 5e-5)
+    near(model.decode(z, steps=4, noise=x)[1, :, 12, 16], [-1.0, 1.0, -0.1287327], 5e-5)
+
+
+def test_time_is_reversed_in_the_weights():
+    """A reversed map gives for time t what the map gives for time 1-t.
+
+    A map of the Fourier features of 1-t is the turned map of those of t."""
+    weight, freqs = torch.randn(16, 16).double(), torch.randn(8, 1).double()
+
+    def features(t):
+        return torch.cat(
+            [(2 * math.pi * freqs[:, 0] * t).cos(), (2 * math.pi * freqs[:, 0] * t).sin()]
+        )
+
+    for t in (0.0, 0.3, 1.0):
+        assert torch.allclose(
+            sample.reverse_time(weight, freqs) @ features(t), weight @ features(1 - t), atol=1e-12
+        )
+
+
+# ---- fid.py: features, statistics, distance
+def fid_picture(i, h, w):
+    """Waves that differ with i."""
     y, x, c = np.mgrid[:h, :w, :3]
     return ((y * (3 + i) + x * (5 + 2 * i) + (x * y) // (7 + i) + 60 * c) % 256).astype(np.uint8)
 
 
 def fid_batch(*numbers, size=(40, 56)):
+    """The pictures of these numbers, uint8 (B,3,H,W)."""
     return torch.from_numpy(np.stack([fid_picture(i, *size) for i in numbers])).permute(0, 3, 1, 2)
 
 
 def save_tree(folder, sizes, start=0):
+    """Save pictures of these sizes as .png in two folders of `folder`."""
     for i, size in enumerate(sizes):
         path = folder / str(i % 2) / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2127,6 +2299,7 @@ def save_tree(folder, sizes, start=0):
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
+    """The path of weights of Inception, which depend on their names."""
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
     state = {
         name: 1 + 0.25 * uniform(name, x.shape)
@@ -2147,6 +2320,10 @@ def inception(tmp_path_factory):
     ],
 )
 def test_inception_features(inception, resize, expected):
+    """Inception gives the features that pytorch-fid and torch-fidelity give.
+
+    Several groups of pictures in one call give the same. TensorFlow's resizing does not shift by
+    half a pixel."""
     net, x = fid.load_inception(inception, resize), fid_batch(0, 1)
     features = net(x)
     assert (
@@ -2158,7 +2335,19 @@ def test_inception_features(inception, resize, expected):
         assert torch.equal(net.prepare(x), (x[..., ::2, ::2].float() - 128) / 128)
 
 
+def test_statistics_of_batches():
+    """Statistics of batches are the mean and the covariance of all features together."""
+    x, stats = np.random.RandomState(0).rand(101, 20).astype(np.float32) * 3 + 1, fid.Statistics(20)
+    for batch in torch.from_numpy(x).split(20):
+        stats.update(batch)
+    assert stats.n == 101 and np.allclose(stats.mu, x.mean(0, dtype=float), rtol=1e-12, atol=0)
+    assert np.allclose(stats.cov, np.cov(x.astype(float), rowvar=False), rtol=1e-9, atol=1e-12)
+
+
 def test_frechet_closed_forms():
+    """The Frechet distance has the values of its closed forms, also for singular covariances.
+
+    Statistics that are not finite or not of one size are refused."""
     r = np.random.RandomState(0)
     mu, shift, cov, d1, d2 = (
         r.randn(40),
@@ -2189,15 +2378,11 @@ def test_frechet_closed_forms():
         refuses("finite and of one size", fid.frechet_distance, mu, cov, *other)
 
 
-def test_statistics_of_batches():
-    x, stats = np.random.RandomState(0).rand(101, 20).astype(np.float32) * 3 + 1, fid.Statistics(20)
-    for batch in torch.from_numpy(x).split(20):
-        stats.update(batch)
-    assert stats.n == 101 and np.allclose(stats.mu, x.mean(0, dtype=float), rtol=1e-12, atol=0)
-    assert np.allclose(stats.cov, np.cov(x.astype(float), rowvar=False), rtol=1e-9, atol=1e-12)
-
-
+# ---- fid.py: pairs
 def test_psnr_ssim_and_rounding():
+    """PSNR and SSIM have their closed forms, SSIM also that of scipy's filter; pixels are rounded.
+
+    Pictures that are too small for SSIM, and pixels that are no numbers, are refused."""
     a, b = fid_batch(0, 1, size=(24, 31)), fid_batch(0, 5, size=(24, 31))
     zero = torch.zeros(1, 3, 16, 16)
     assert fid.psnr(a, a).tolist() == [math.inf] * 2 and torch.allclose(
@@ -2227,6 +2412,10 @@ def test_psnr_ssim_and_rounding():
 
 
 def test_lpips_and_pairs(tmp_path, capsys, monkeypatch):
+    """LPIPS is that of lpips 0.1.4, and --pairs prints the means over the pairs.
+
+    Names are paired whatever the case of their suffix; those without a partner are refused and
+    named."""
     with monkeypatch.context() as patch:
         patch.setattr(fid, "load_weights", lambda *args, **options: None)
         empty = fid.LPIPS(None, None)
@@ -2271,8 +2460,10 @@ def test_lpips_and_pairs(tmp_path, capsys, monkeypatch):
 
 
 def test_pairs_by_name_and_equal_pairs(tmp_path, capsys, monkeypatch):
-    """Flat pictures that differ by d have a PSNR of 20 log10(255 / d): it tells which were
-    paired."""
+    """Pictures are paired by name, by suffix too if possible; equal pairs leave the mean PSNR.
+
+    Flat pictures that differ by d have a PSNR of 20 log10(255 / d): it tells which were paired.
+    Where names that differ only in their suffix leave a choice, they are refused."""
 
     class Zero(nn.Module):
         sha256 = ["of", "files"]
@@ -2313,7 +2504,14 @@ def test_pairs_by_name_and_equal_pairs(tmp_path, capsys, monkeypatch):
         assert said.count("\n") == 1 and "differ only in their suffix" in said, said
 
 
+# ---- fid.py: pictures, folders and archives
+def contents(source):
+    """{name: bytes} of a folder or .tar."""
+    return {name: fid.read_bytes(place) for name, place in fid.files(source).items()}
+
+
 def test_pictures_are_read_as_rgb(tmp_path):
+    """Grey, palette, 16-bit and CMYK pictures are read as RGB, in the order of their names."""
     rgb = fid_picture(3, 12, 9)
     three = np.repeat(rgb[..., :1], 3, 2)
     web = three // 51 * 51  # in the web palette
@@ -2333,7 +2531,9 @@ def test_pictures_are_read_as_rgb(tmp_path):
 
 
 def test_transparent_pictures_are_shown_on_white(tmp_path):
-    """Whichever way a file says it; the closed form is alpha colour + (1 - alpha) white."""
+    """A transparent picture is shown on white, whichever way its file says it.
+
+    The closed form is alpha colour + (1 - alpha) white; what is opaque stays."""
     draw = draws("transparent")
     rgba = draw.randint(0, 256, (12, 9, 4), np.uint8)
     rgba[0, :, 3] = 255
@@ -2378,7 +2578,10 @@ def test_transparent_pictures_are_shown_on_white(tmp_path):
 
 
 def test_files_of_folders_links_and_shards(tmp_path):
-    """Every file by its relative name; links are followed; a shard's members are read in place."""
+    """Every file of a folder or .tar is found by its relative name and read in place.
+
+    Links are followed; a shard's members are read in place; hidden names do not count. A .tar that
+    was cut, and what is no folder or .tar, is refused."""
     for name in (
         "in/a/1.png",
         "in/a/1.txt",
@@ -2421,12 +2624,10 @@ def test_files_of_folders_links_and_shards(tmp_path):
         refuses(f"{name} is {words}", fid.files, tmp_path / name)
 
 
-def contents(source):  # {name: bytes} of a folder or .tar
-    return {name: fid.read_bytes(place) for name, place in fid.files(source).items()}
-
-
 def test_every_real_folder_is_walked_once(tmp_path):
-    """Links to a folder above add nothing, and end; another folder counts under its first name."""
+    """Every real folder is walked once, though several links lead to it.
+
+    Links to a folder above add nothing, and end; another folder counts under its first name."""
     want = {f"{name}/{i}.png": b"%d" % i for name in ("cats", "dogs") for i in range(6)}
     for name, content in want.items():
         (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -2446,7 +2647,10 @@ def test_every_real_folder_is_walked_once(tmp_path):
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_tar_holds_what_its_folder_holds(tmp_path, kind):
-    """Links, hidden folders, capitals, names that are not UTF-8, archives joined by cat."""
+    """A .tar gives the names and contents that its folder gives.
+
+    Links, hidden folders, capitals, names that are not UTF-8, archives joined by cat. A damaged
+    archive, and a link that leads out of it, are refused."""
     folder = tmp_path / "in"
     for name in ("cats/1.png", "cats/old/2.png", "dogs/3.PNG", ".hidden/4.png", "emus/5.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -2505,7 +2709,7 @@ def test_a_tar_holds_what_its_folder_holds(tmp_path, kind):
 
 
 def test_names_that_are_not_utf_8(tmp_path, inception, capsys, monkeypatch):
-    """They are scored, printed and named in refusals."""
+    """Files whose names are not UTF-8 are scored, printed and named in refusals."""
     monkeypatch.chdir(tmp_path)
     folder, name = (os.fsdecode(part) for part in (b"a\xe9", b"\xe9.png"))
     Path(folder).mkdir()
@@ -2526,6 +2730,7 @@ def test_names_that_are_not_utf_8(tmp_path, inception, capsys, monkeypatch):
 
 
 def test_pictures_of_unknown_formats_are_counted(tmp_path, capsys):
+    """Files that are no known picture are counted by their suffix, and a line says so."""
     for name in ("a/1.HEIC", "a/2.heic", "b/1.png", "b/1.txt", "README"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -2536,7 +2741,12 @@ def test_pictures_of_unknown_formats_are_counted(tmp_path, capsys):
     assert "left out 2 .heic, 1 " in capsys.readouterr().err
 
 
+# ---- fid.py: the command
 def test_fid_command(tmp_path, inception, capsys, monkeypatch):
+    """The command gives the known FID of two folders, and says what it depends on.
+
+    It saves statistics, reads its own and ADM's, warns of few pictures, and refuses to compare two
+    ways of resizing."""
     monkeypatch.chdir(tmp_path)
     save_tree(tmp_path / "a", [(32, 32)] * 5)
     save_tree(tmp_path / "b", [(32, 32)] * 3 + [(20, 40)], 7)
@@ -2582,8 +2792,10 @@ def test_fid_command(tmp_path, inception, capsys, monkeypatch):
 
 
 def test_progress_batches_and_memory(tmp_path, inception, capsys, monkeypatch):
-    """The bar counts pictures, --batch is obeyed, and what is advised where memory is short
-    exists."""
+    """The bar counts pictures, --batch is obeyed, and advice on memory names options that help.
+
+    What is advised where memory is short depends on device and scores, and exists. An error of our
+    own is passed on."""
     folder = save_tree(tmp_path / "a", [(32, 32)] * 5)
     bars, sizes = [], []
 
@@ -2627,7 +2839,9 @@ def test_progress_batches_and_memory(tmp_path, inception, capsys, monkeypatch):
 
 
 def test_only_a_full_disk_is_called_one(tmp_path):
-    """The limit on a process's files stands for a full disk, and torch itself says its words."""
+    """A write that the disk refuses says to make room and keeps the old file; no other error does.
+
+    The limit on a process's files stands for a full disk, and torch itself says its words."""
     code = """if True:
         import fid, resource, torch
         resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
@@ -2664,6 +2878,7 @@ def test_only_a_full_disk_is_called_one(tmp_path):
 
 
 def test_fid_bad_input(tmp_path, inception, capsys, monkeypatch):
+    """Bad input to fid.py ends in one line that names what is wrong."""
     monkeypatch.chdir(tmp_path)
     arrays = {"other": {"arr_0": np.ones((2, 8, 8, 3), np.uint8)}, "object": {"mu": np.array([{}])}}
     for name, content in arrays.items():
@@ -2715,11 +2930,17 @@ class Ordinary(pickle.Unpickler):
         return pid
 
 
+class Settings(types.SimpleNamespace):  # like OmegaConf's: a method takes the state
+    def __setstate__(self, state):
+        raise RuntimeError("code of a class that the file names ran")
+
+
 @pytest.mark.filterwarnings("ignore")  # torch sees that these files are odd
 @pytest.mark.parametrize("which", range(10))
 def test_files_made_to_run_code_do_not(which, tmp_path, monkeypatch):
-    """In every place of a pickle where something can stand, and in every kind of file that is
-    read."""
+    """No reader runs the code in a file that an ordinary reader would run.
+
+    In every place of a pickle where something can stand, and in every kind of file that is read."""
     m, path, code = (
         str(tmp_path / "ran.npy"),
         str(tmp_path / "a.ckpt"),
@@ -2813,7 +3034,9 @@ def test_files_made_to_run_code_do_not(which, tmp_path, monkeypatch):
     ],
 )
 def test_every_name_in_a_file_means_a_stand_in(function, tmp_path):
-    """Also where the program lets files use it; what files may use, and the stand-in, are the same
+    """Every name in a file means a stand-in that does nothing.
+
+    Also where the program lets files use it; what files may use, and the stand-in, are the same
     afterwards."""
     path, ran = tmp_path / "a.pt", str(tmp_path / "ran")
 
@@ -2857,7 +3080,9 @@ def test_every_name_in_a_file_means_a_stand_in(function, tmp_path):
 
 
 def test_no_picture_starts_a_program(tmp_path, monkeypatch):
-    """Pillow draws PostScript by Ghostscript, for which a script stands here that leaves a file."""
+    """No picture starts a program when it is read.
+
+    Pillow draws PostScript by Ghostscript, for which a script stands here that leaves a file."""
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
     (tmp_path / "gs").chmod(0o755)
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(tmp_path / "gs"))
@@ -2866,11 +3091,6 @@ def test_no_picture_starts_a_program(tmp_path, monkeypatch):
         with contextlib.suppress(OSError):
             read(tmp_path / "a.png")
         assert (tmp_path / "ran").exists() == ran
-
-
-class Settings(types.SimpleNamespace):  # like OmegaConf's: a method takes the state
-    def __setstate__(self, state):
-        raise RuntimeError("code of a class that the file names ran")
 
 
 @pytest.mark.parametrize(
@@ -2885,6 +3105,7 @@ class Settings(types.SimpleNamespace):  # like OmegaConf's: a method takes the s
     ],
 )
 def test_objects_of_other_packages_load_as_inert_stand_ins(thing, items, tmp_path):
+    """Objects of other packages load as stand-ins that hold their items and do nothing."""
     path, state = tmp_path / "a.ckpt", {"a": torch.ones(3)}
     torch.save({"state_dict": state, "callbacks": {"last": thing}}, path)
     found = tok.read_file(path)["callbacks"]["last"]
@@ -2893,8 +3114,10 @@ def test_objects_of_other_packages_load_as_inert_stand_ins(thing, items, tmp_pat
 
 @pytest.mark.filterwarnings("ignore")  # torch deprecates TorchScript
 def test_kinds_of_files_agree_or_say_what_to_do(tmp_path):
-    """float16, and numbers that start anywhere, as in .safetensors; parameters. TorchScript and
-    compression do not."""
+    """The same weights in other kinds of files load the same, or a sentence says what to do.
+
+    float16, parameters, and numbers that start anywhere, as in .safetensors, load the same;
+    TorchScript and compressed archives are refused."""
     state = hugging_face(official(clip_shapes(64, 32, 1)))
     state = {
         name: x.half() if x.ndim > 1 and x.is_floating_point() else x for name, x in state.items()
@@ -2931,6 +3154,7 @@ def test_kinds_of_files_agree_or_say_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("read", READERS)
 def test_wrong_files_are_named_in_one_sentence(read, tmp_path, monkeypatch):
+    """A wrong or damaged file is named in one sentence, and an old torch is refused."""
     path = tmp_path / "a.pth"
     torch.save({"state_dict": nn.Linear(3, 3).state_dict()}, path)
     network, header = path.read_bytes(), safetensors({"a": torch.zeros(4)})
@@ -2967,8 +3191,16 @@ def readme_commands(text):
             yield script or module, shlex.split(line)
 
 
+TINY_RUN = {
+    "train_stage1": [*QUICK1, "--num", 40],
+    "train_stage2": QUICK2,
+    "sample": ["--steps", 2, "--device", "cpu"],
+}
+
+
 @pytest.mark.parametrize("script, line", [*readme_commands(README)])
 def test_readme_commands_have_known_options(script, line, tmp_path, monkeypatch, capsys):
+    """Every command in README.md and docs/ has options that its script knows."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *line])
     monkeypatch.chdir(tmp_path)
     if script == "fid":  # its options stand in main, which refuses the folders: they are not here
@@ -2979,16 +3211,11 @@ def test_readme_commands_have_known_options(script, line, tmp_path, monkeypatch,
         assert importlib.import_module(script).options()
 
 
-TINY_RUN = {
-    "train_stage1": [*QUICK1, "--num", 40],
-    "train_stage2": QUICK2,
-    "sample": ["--steps", 2, "--device", "cpu"],
-}
-
-
 def test_readme_commands_run(trained, tmp_path, monkeypatch):
-    """The blocks marked as tiny, line by line, with a few steps and in a folder where their
-    pictures lie."""
+    """The commands marked as tiny run one after another and leave their pictures.
+
+    The blocks marked as tiny, line by line, with a few steps and in a folder where their pictures
+    lie."""
     for name in ("cats", "dogs"):
         shutil.copytree(trained / "data" / "heart", tmp_path / "my_pictures" / name)
     for name in ("a.jpg", "b.jpg"):
@@ -3005,6 +3232,7 @@ def test_readme_commands_run(trained, tmp_path, monkeypatch):
 
 
 def test_tour(trained, tmp_path):
+    """The tour makes its ten pictures, each of the size of the one in docs/."""
     shutil.copytree(trained / "out", tmp_path / "out")
     assert tour(tmp_path) == 10
     for i in range(1, 11):
@@ -3013,7 +3241,9 @@ def test_tour(trained, tmp_path):
 
 
 def test_readme_links():
-    """Files and pictures are there; links to lines lead to what they name."""
+    """Every link leads to a file that is there; links to lines lead to what they name.
+
+    At least nine lead to lines."""
     links = [
         (page, *link)
         for page, text in PAGES.items()
@@ -3030,6 +3260,9 @@ def test_readme_links():
 
 @pytest.mark.parametrize("name", ["tokenizer", "decoder", "mixer", "fid"])
 def test_readme_examples_of_one_file_alone(name, tmp_path):
+    """The example of a file runs in a folder that holds that file alone.
+
+    It has at most ten lines."""
     (code,) = re.findall(rf"<!-- alone: {name}\.py -->\n```python\n(.*?)```", README, re.S)
     shutil.copy(HERE / f"{name}.py", tmp_path)
     run = subprocess.run(
@@ -3039,7 +3272,9 @@ def test_readme_examples_of_one_file_alone(name, tmp_path):
 
 
 def test_readme_blocks_that_need_other_packages(tmp_path, monkeypatch):
-    """They compile; those that write pictures are run where scikit-learn and scikit-image are
+    """The other blocks of Python compile, and write their pictures where they can run.
+
+    They are three; those that write pictures are run where scikit-learn and scikit-image are
     installed."""
     blocks = re.findall(r"(?<!-->\n)```python\n(.*?)```", README, re.S)
     codes = [compile(block, "README.md", "exec") for block in blocks]
@@ -3057,6 +3292,7 @@ def test_readme_blocks_that_need_other_packages(tmp_path, monkeypatch):
 
 
 def test_sizes_in_the_docs():
+    """The sizes and GMACs in the docs' table are those of the networks, to the last digit."""
     rows = re.findall(
         r"(?m)^\| (\w+) \| ([\d.]+)M \| ([\d.]+) \+ ([\d.]+) \| ([\d.]+)M.*? \| ([\d.]+) \|$",
         README,
@@ -3085,8 +3321,9 @@ def test_sizes_in_the_docs():
 
 # ---- What docs/ measures
 def test_bench(monkeypatch, capsys):
-    """GMACs as the layers' shapes give them: the Mixer's linear layers, a multiply-accumulate a
-    weight and token."""
+    """The GMACs of bench.py are those that the layers' shapes give.
+
+    The Mixer's linear layers, a multiply-accumulate a weight and token."""
     monkeypatch.setattr(bench, "median_ms", lambda function, device: 10.0)
     monkeypatch.setattr(sys, "argv", ["bench", "nano", "--batch", "4", "--device", "cpu"])
     bench.main()
@@ -3108,8 +3345,9 @@ def test_bench(monkeypatch, capsys):
 
 
 def test_experiments(trained, tmp_path, monkeypatch, capsys):
-    """Two rows of a table, tiny: networks, figures and pictures; what is there is not made
-    again."""
+    """An experiment leaves figures and pictures for its rows, and makes none of them again.
+
+    Two rows of a table, tiny: networks, figures and pictures; what is there is not made again."""
     pictures, labels, _ = score.shapes(60, 3)
     judge = score.Judge.__new__(score.Judge)
     judge.real = judge.known = sample.to_float(pictures)
@@ -3145,8 +3383,10 @@ def test_experiments(trained, tmp_path, monkeypatch, capsys):
 
 
 def test_the_picture_of_the_lesson(trained, tmp_path, monkeypatch):
-    """The first three rows: pictures of all classes, none of them a training picture; their
-    drawings; ten rows more."""
+    """The lesson's picture begins with held-out pictures, none of them a training picture.
+
+    The first three rows: pictures of all classes, none of them a training picture; their drawings;
+    ten rows more."""
     shown = lesson.held_out(16)
     training = [one.draw_shape(one.plan_shape(i, 0), 16) for i in range(500)]
     assert not any(
@@ -3167,7 +3407,9 @@ def test_the_picture_of_the_lesson(trained, tmp_path, monkeypatch):
 
 
 def test_colours_and_area_are_read_from_a_picture():
-    """Of real shapes: the plan's own colours, and an area as geometry has it."""
+    """The colours and the area read from a drawn shape are those of its plan.
+
+    Of real shapes: the plan's own colours, and, for a circle, an area as geometry has it."""
     pictures, _, plans = score.shapes(100, 4)
     for picture, plan in zip(pictures, plans):
         ink, ground, area = score.ink_and_area(picture)
