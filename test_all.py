@@ -1255,6 +1255,18 @@ def test_what_was_really_read_decides_label_and_caption(tmp_path, capfd):
     refuses("not one", sample.Pictures(str(tmp_path), 16).__getitem__, 0)
 
 
+def test_files_that_are_no_pictures_are_counted(tmp_path, capfd):
+    """How many files of a folder were left out, and of which suffix, is said.
+
+    A class of nothing but .heic would vanish without a word."""
+    for name in ("a/1.png", "a/2.png", "b/1.heic", "b/2.heic", "b/1.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (20, 20)).save(tmp_path / name, "PNG")
+    assert sample.Pictures(str(tmp_path), 16).class_names == ["a"]
+    assert "left out 2 .heic, 1 .txt" in capfd.readouterr().err
+    refuses("2 .heic, 1 .txt", sample.Pictures, str(tmp_path / "b"), 16)
+
+
 # ---- train_stage1.py: the loop and its options
 def test_the_trainer_is_a_plain_loop(trained, tmp_path, monkeypatch):
     """Stage 1's losses are those of a loop without its helpers.
@@ -1752,6 +1764,77 @@ def test_a_run_that_diverges_stops_and_keeps_its_checkpoint(trained, tmp_path, c
         )
 
 
+@pytest.mark.parametrize(
+    "which, world", [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)]
+)
+def test_a_signal_to_all_processes_saves_the_run(trained, tmp_path, which, world):
+    """A signal to every process of a run, its loader's workers too, ends it with a checkpoint.
+
+    So do torchrun, `timeout` and Ctrl-C on a terminal. Alone, it ends with status 130, by which
+    `a && b` stops."""
+    args = ["--data", trained / "data", "--encoder", trained / "out" / "encoder.pt"]
+    args += ["--out", tmp_path, "--steps", 100_000, "--batch", 8, "--log-every", 1, "--workers", 2]
+    process = launch("train_stage1.py", *args, "--no-cache", world=world)
+    log = tmp_path / "stage1.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.02)
+    count = 0
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(tmp_path).encode() in (entry / "cmdline").read_bytes():
+                os.kill(int(entry.name), which)
+                count += 1
+    output = process.communicate(timeout=120)
+    assert count >= 3 * world, output
+    assert world == 2 or process.returncode == 130, output
+    step = sample.load_checkpoint(tmp_path / "stage1.pt", ["stage1"])["step"]
+    assert step >= 3 and max(losses(log)) == step, output
+
+
+def test_two_runs_in_one_folder_are_refused(trained, tmp_path):
+    """A second run in the same --out is refused, and the first goes on."""
+    args = ["--data", trained / "data", "--encoder", trained / "out" / "encoder.pt"]
+    args += ["--out", tmp_path, "--steps", 100_000, "--batch", 8, "--log-every", 1]
+    process = launch("train_stage1.py", *args)
+    log = tmp_path / "stage1.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
+        time.sleep(0.02)
+    second = launch("train_stage1.py", *args)
+    output, error = second.communicate(timeout=60)
+    assert second.returncode == 2 and "another run writes into it" in error
+    before = max(losses(log))
+    stop_at(process, log, before + 3, signal.SIGTERM)
+    assert max(losses(log)) >= before + 3
+
+
+def test_lr_and_dtype_may_change_and_a_line_says_so(trained, tmp_path, capsys):
+    """A run goes on with another --lr or --dtype, as after a loss that is not finite."""
+    out = shutil.copytree(trained / "out", tmp_path / "out")
+    args = ["--data", trained / "data", "--out", out, *QUICK1, "--steps", 8, "--warmup", 0]
+    assert "--warmup is 0 but was 50" in refusal("train_stage1.py", args, capsys)
+    inside("train_stage1.py", *args[:-2], "--lr", 1e-4, "--dtype", "bfloat16")
+    said = capsys.readouterr().err
+    assert "--lr is 0.0001 from step 6 on; it was 0.003" in said
+    assert "--dtype is bfloat16 from step 6 on; it was float32" in said
+    rows = [json.loads(line) for line in (out / "stage1.jsonl").read_text().splitlines()]
+    assert rows[5]["lr"] > 20 * rows[6]["lr"] > 0 and len(rows) == 8
+    settings = sample.load_checkpoint(out / "stage1.pt", ["stage1"])["settings"]
+    assert settings["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_run_goes_on_when_nobody_reads_its_output(trained, tmp_path, closed):
+    """A run whose output is piped into a program that has ended, as `| head`, ends well."""
+    args = ["--data", trained / "data", "--out", tmp_path, *QUICK1[2:]]
+    args += ["--encoder", trained / "out" / "encoder.pt"]
+    process = launch("train_stage1.py", *args)
+    getattr(process, closed).close()
+    setattr(process, closed, None)
+    output = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert (tmp_path / "tokens.pt").exists() and "Traceback" not in f"{output}"
+
+
 # ---- train_stage1.py and train_stage2.py: ranks
 @pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py"])
 def test_two_ranks_equal_one_process(trained, whole, tmp_path, script):
@@ -1811,6 +1894,18 @@ def test_tokens_are_those_of_the_trained_tokenizer(trained, tmp_path):
     (tmp_path / "out" / "tokens.pt").unlink()
     inside("train_stage1.py", "--data", trained / "data", "--out", tmp_path / "out", *QUICK1)
     assert np.array_equal(np.load(tmp_path / "out" / "tokens.npy"), tokens)
+
+
+def test_a_mixer_is_at_least_as_wide_as_a_token():
+    """Mixers of all sizes are at least as wide as DINOv2's tokens, or are widened to them.
+
+    The rank of what leaves a narrower one is less than the token's width."""
+    for size in one.SIZES:
+        args = argparse.Namespace(size=size, channel_expansion=4)
+        with torch.device("meta"):
+            mixer = two.new_mixer(args, 1, 768, 10)
+        assert mixer.proj_out.weight.shape[1] >= 768, size
+        assert mixer.layers[0].channels.up.weight.shape[0] == 4 * mixer.config["hidden"]
 
 
 # ---- train_stage2.py: captions
@@ -2028,6 +2123,30 @@ def test_samples_do_not_depend_on_the_batch(trained):
     # Not the decoder's numbers.
     assert (own[:, 0] - model.noise(range(10)).flatten(1)[:, :128]).abs().mean() > 0.5
     refuses("classes", model.generate)
+
+
+def test_images_outside_their_range_are_refused(trained):
+    """encode refuses images that are not in [-1,1], and warns where none is below 0."""
+    model = RepTok.load(trained / "out" / "stage1.pt")
+    x = pixels_of(sample.Pictures(str(trained / "data"), 16), range(4))
+    model.encode(x)
+    for bad in (127.5 * (x + 1), 2 * x):
+        with pytest.raises(ValueError, match="must lie in"):
+            model.encode(bad)
+    with pytest.warns(UserWarning, match="below 0"):
+        model.encode((x + 1) / 2)
+
+
+def test_classes_whose_names_are_numbers():
+    """Where classes are called by numbers, --classes takes names and nothing else."""
+    mixer = argparse.Namespace(num_classes=3)
+    model = argparse.Namespace(mixer=mixer, class_names=["1", "10", "2"])
+    assert sample.class_numbers(model, ["2", "1"], 10) == [2, 0]
+    refuses("--classes 0", sample.class_numbers, model, ["0"], 10)
+    model.class_names = ["cat", "dog", "owl"]
+    assert sample.class_numbers(model, ["2", "cat"], 10) == [2, 0]
+    model.class_names = []
+    assert sample.class_numbers(model, ["2", "0"], 10) == [2, 0]
 
 
 def test_checkpoints_with_time_the_other_way_are_refused():
