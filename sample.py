@@ -528,6 +528,7 @@ def write_tokens(folder, model, pictures, ranks, flip=False, workers=0):
     )
     if ranks.main:
         mean, std = statistics(np.load(path, mmap_mode="r"))
+        made_by = digest(model.tokenizer)
         content = {
             "kind": "tokens",
             "names": [pictures.names[i] for i in read],
@@ -536,8 +537,8 @@ def write_tokens(folder, model, pictures, ranks, flip=False, workers=0):
             "source": pictures.source,
             "mean": mean,                                           # (1,K,D)
             "std": std,
-            "tokenizer": digest(model.tokenizer),
-            "fingerprint": f"{pictures.fingerprint} {flip} {digest(model.tokenizer)}",
+            "tokenizer": made_by,
+            "fingerprint": f"{pictures.fingerprint} {flip} {made_by}",
         }
         save_checkpoint(about, content)
     ranks.barrier()

@@ -431,7 +431,9 @@ def test_imports_go_one_way(file):
     packages = ["torch"] if number < 3 else ["torch", "numpy", "PIL", "scipy", "tqdm"]
     before = [name.removesuffix(".py") for name in SOURCES[:number]] if number > 3 else []
     assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, *packages, *before}
-    assert [node.lineno for node in imports if node not in tree.body] == []
+    # What a system may lack stands at the top too, in a `try`.
+    tried = [node for block in tree.body if isinstance(block, ast.Try) for node in block.body]
+    assert [node.lineno for node in imports if node not in tree.body + tried] == []
 
 
 # ---- tokenizer.py: the read tokens, resizing, losses
@@ -3327,7 +3329,7 @@ def readme_commands(text):
 
 
 TINY_RUN = {
-    "train_stage1": [*QUICK1, "--num", 40],
+    "train_stage1": QUICK1,
     "train_stage2": QUICK2,
     "sample": ["--steps", 2, "--device", "cpu"],
 }

@@ -168,7 +168,8 @@ def bench(args):
     ranks = sample.Ranks(args.device, args.dtype)
     device = ranks.device
     batches = (64, 256) if device.type == "cuda" else (2, 32)
-    batches = (one.NANO["batch"], two.NANO["batch"]) if args.size == "nano" else batches
+    if args.size == "nano":
+        batches = (one.SETTINGS["batch"][1], two.SETTINGS["batch"][1])
     with ranks.autocast():
         square = torch.randn(4096, 4096, device=device)
         square = square.to((square @ square).dtype)
