@@ -1206,7 +1206,7 @@ def test_class_folders(tmp_path, monkeypatch):
             Image.new("L", (20, 30), 77).save(tmp_path / root / name)
         # What lies beside a picture takes no class away.
         (tmp_path / root / "a" / "2.json").write_text("{}")
-        shard = tmp_path / f"{top}-shards" / "0.tar"
+        shard = tmp_path / f"{top}-shards" / ("0.tar" if top == "f" else "0.TAR")
         shard.parent.mkdir()
         with tarfile.open(shard, "w") as tar:
             tar.add(tmp_path / top, ".")
@@ -1584,6 +1584,27 @@ def test_cache_is_what_the_networks_give(trained, tmp_path):
         assert number == 7 and torch.allclose(z0[:1].float(), model.tokenizer.z0(x), atol=5e-3)
 
 
+def test_fresh_reads_pictures_again(trained, tmp_path):
+    """After --fresh, cache and tokens are those of pictures that were replaced under their names.
+
+    Without it, a finished run and its tokens stay as they are."""
+    data = shutil.copytree(trained / "data" / "heart", tmp_path / "data")
+    args = ["--data", data, "--out", tmp_path, "--encoder", trained / "out" / "encoder.pt"]
+    args += [*QUICK1[2:], "--batch", 2, "--steps", 1]
+    inside("train_stage1.py", *args)
+    kept = [*tmp_path.glob("*.npy")]
+    before = {path: np.load(path) for path in kept}
+    for path in data.glob("*.png"):
+        Image.new("RGB", (16, 16), "orange").save(path)
+    inside("train_stage1.py", *args)
+    assert len(kept) == 4 and all(np.array_equal(np.load(path), before[path]) for path in kept)
+    inside("train_stage1.py", *args, "--fresh")
+    for path in kept:
+        after = np.load(path)
+        assert "logvar" in path.name or not np.array_equal(after, before[path]), path
+        assert np.abs(after - after[:1]).max() < 1e-2, path  # all pictures are the same now
+
+
 def test_a_pass_over_all_pictures_is_complete_or_absent(trained, tmp_path):
     """The files of a pass over all pictures are complete or absent.
 
@@ -1870,6 +1891,10 @@ def test_stage_2_opens_no_picture(trained, tmp_path, capsys):
     inside("train_stage2.py", "--out", tmp_path, *QUICK2, "--steps", 1)
     other = ["--tokens", trained / "out", "--stage1", tmp_path / "stage1.pt", "--out", tmp_path]
     assert "another tokenizer" in refusal("train_stage2.py", [*other, *QUICK2], capsys)
+    longer = shutil.copytree(trained / "out", tmp_path / "longer")
+    inside("train_stage1.py", "--data", trained / "data", "--out", longer, *QUICK1, "--steps", 7)
+    said = refusal("train_stage2.py", ["--out", longer, *QUICK2, "--steps", 7], capsys)
+    assert "stage2.pt: the pictures, or their tokens, are not those" in said and "--fresh" in said
     (tmp_path / "tokens.pt").unlink()
     assert "--encode PICTURES" in refusal("train_stage2.py", ["--out", tmp_path, *QUICK2], capsys)
 
@@ -2181,6 +2206,7 @@ def test_sample_commands(trained, tmp_path):
         (["--classes", "heart", "star", "--per-class", 4], (4, 2)),
         (["--reconstruct", *some], (2, 2)),
         (["--interpolate", *some], (10, 1)),
+        (["--interpolate", trained / "data", some[0]], (10, 1)),
         (["--reconstruct", trained / "data"], (16, 2)),
     ]:
         inside("sample.py", *ckpt, *args, "--out", tmp_path / "s.png")
