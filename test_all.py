@@ -3527,16 +3527,15 @@ def test_experiments(trained, tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(experiment, "Judge", lambda *_: judge)
     monkeypatch.setattr(experiment, "ENCODER", trained / "out" / "encoder.pt")
-    monkeypatch.setattr(
-        experiment, "EXPERIMENTS", {"token": {"frozen": "--unfreeze none", "tuned": "--lam 0"}}
-    )
-    tiny = f"--steps 2 --batch 8 --data {trained / 'data'}"
-    experiment.experiment("token", tmp_path, [0], tiny)
-    rows = [json.loads(line) for line in (tmp_path / "token.jsonl").read_text().splitlines()]
-    assert [row["row"] for row in rows] == [
-        "frozen",
-        "tuned",
-    ] and "| tuned |" in capsys.readouterr().out
+    tiny = (f"--steps 2 --batch 8 --data {trained / 'data'}", "--steps 2 --batch 8")
+    names = ["frozen", "demo"]
+    experiment.experiment(tmp_path, [0], names, tiny)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    said = capsys.readouterr().out
+    assert [row["row"] for row in rows] == names and "| demo |" in said
+    difference = rows[0]["PSNR from z"] - rows[1]["PSNR from z"]
+    assert f"| row minus demo | {experiment.COMPARED[0]}" in said
+    assert f"\n| frozen | {difference:.2f} | 0.00 |" in said
     # Each picture is among those known.
     assert all(row["neighbours by z, %"] == 100 for row in rows)
     assert (
@@ -3544,11 +3543,11 @@ def test_experiments(trained, tmp_path, monkeypatch, capsys):
     )
     right = [100 * float(i % 10 == k) for i, k in enumerate(labels.tolist())]
     assert abs(rows[0]["reconstructed, read right, %"] - np.mean(right)) < 1e-6
-    assert Image.open(tmp_path / "token.png").size == (900, 560)
-    # Shapes, frozen, tuned.
-    assert Image.open(tmp_path / "token_shapes.png").size == (20 * 64, 3 * 64)
+    assert Image.open(tmp_path / "rows.png").size == (900, 560)
+    # Shapes, frozen, demo.
+    assert Image.open(tmp_path / "rows_shapes.png").size == (20 * 64, 3 * 64)
     monkeypatch.setattr(subprocess, "run", Mock(side_effect=RuntimeError))
-    experiment.experiment("token", tmp_path, [0], tiny)
+    experiment.experiment(tmp_path, [0], names, tiny)
 
 
 def test_the_picture_of_the_lesson(trained, tmp_path, monkeypatch):

@@ -1,20 +1,20 @@
-"""Tables of docs/experiments.md: train and score their rows, with several seeds.
+"""The table of findings in docs/experiments.md: train and score its rows, with several seeds.
 
-    python -m docs.experiment token --seeds 0 1 2        # in the folder of the repository
+    python -m docs.experiment --seeds 0 1 2              # in the folder of the repository
+    python -m docs.experiment --seeds 0 --rows frozen demo
 
-All rows have the demo's own setting and docs/encoder.pt, and differ in the options below. The
-command resumes: what FOLDER/NAME.jsonl holds is not done again, a row that was stopped goes on, and
-processes with different seeds may share a folder. It writes the plot FOLDER/NAME.png and
-FOLDER/NAME_shapes.png: held-out shapes, then every row's drawing."""
+All rows have the demo's own setting and docs/encoder.pt, and differ in the options below. Each is
+both stages. The command resumes: what FOLDER/rows.jsonl holds is not done again, a row that was
+stopped goes on, and processes with different seeds may share a folder. It prints the table and each
+row's difference to the demo, seed by seed, and writes the plot FOLDER/rows.png and
+FOLDER/rows_shapes.png: held-out shapes, then every row's drawing."""
 
+import colorsys
 import json
-import re
+import math
 import subprocess
 import sys
 from pathlib import Path
-
-import colorsys
-import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -25,48 +25,66 @@ from sample import RepTok
 
 ROOT = Path(sample.__file__).parent
 ENCODER = ROOT / "docs" / "encoder.pt"
-EXPERIMENTS = {  # {name: {row: options of train_stage1.py}}
-    "token": {
-        "nothing": "--unfreeze none",
-        "class-token embedding": "",
-        "everything": "--unfreeze all",
-    },
+ROWS = {  # {row: options of train_stage1.py}
+    "demo": "",  # one embedding, lambda 0.1
+    "frozen": "--unfreeze none",
+    "everything": "--unfreeze all",
+    "lambda-0": "--lam 0",
+    "lambda-0.01": "--lam 0.01",
+    "lambda-0.03": "--lam 0.03",
+    "lambda-1": "--lam 1",
+    "everything-lambda-0": "--unfreeze all --lam 0",
+    "random": "--encoder random",  # trains everything, lambda 0
+    "register-frozen": "--token reg --unfreeze none",
+    "register": "--token reg",
+    "both-tokens": "--token all",
 }
+# The columns in which a row is compared with the demo, seed by seed.
+COMPARED = [
+    "PSNR from z",
+    "neighbours by z, %",
+    "reconstructed, read right, %",
+    "generated, read right, %",
+    "generated of reconstructed, %",
+]
 
 
-def experiment(name, folder, seeds, options=""):
-    """Train and score the rows of a table with every seed, then print it. `options` go to every
-    training."""
+def experiment(folder, seeds, names, options=("", "")):
+    """Train and score the rows with every seed, then print the table. options: more ones, for every
+    training of stage 1 and of stage 2."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.jsonl"
+    path = folder / "rows.jsonl"
     judge = Judge(shapes(5500, READER)[:2], shapes(1000, HELD_OUT)[:2])
     for seed in seeds:
-        for row, own in EXPERIMENTS[name].items():
-            if (row, seed) in [(done["row"], done["seed"]) for done in read_rows(path)]:
+        for name in names:
+            if (name, seed) in [(row["row"], row["seed"]) for row in read_rows(path)]:
                 continue
-            checkpoint = place(folder, row, seed)
-            line = [sys.executable, str(ROOT / "train_stage1.py"), "--encoder", str(ENCODER)]
-            line += ["--out", str(checkpoint.parent), "--seed", str(seed)]
-            subprocess.run([*line, *own.split(), *options.split()], check=True)
-            scores = measure(RepTok.load(checkpoint), judge)
+            out = ["--out", str(folder / f"{name}-{seed}"), "--seed", str(seed)]
+            first = ["--encoder", str(ENCODER), *ROWS[name].split(), *options[0].split()]
+            run("train_stage1.py", *out, *first)
+            run("train_stage2.py", *out, *options[1].split())
+            model = RepTok.load(folder / f"{name}-{seed}" / "stage2.pt")
+            scores = measure(model, judge, per_class=64)
+            share = scores["generated, read right, %"] / scores["reconstructed, read right, %"]
+            scores["generated of reconstructed, %"] = 100 * share
             with open(path, "a") as file:
-                file.write(json.dumps({"row": row, "seed": seed, **scores}) + "\n")
+                file.write(json.dumps({"row": name, "seed": seed, **scores}) + "\n")
 
     rows = read_rows(path)
-    print_table(name, rows)
+    print_table(rows)
     plot(path.with_suffix(".png"), rows, "neighbours by z, %", "PSNR from z")
     shown = judge.real[:20]
     drawings = [shown]
-    for row in EXPERIMENTS[name]:
-        model = RepTok.load(place(folder, row, seeds[0]))
+    for name in dict.fromkeys(row["row"] for row in rows):
+        model = RepTok.load(next(folder.glob(f"{name}-[0-9]*")) / "stage2.pt")
         drawings.append(model.decode(model.encode(shown), steps=20))
-    sample.save_grid(folder / f"{name}_shapes.png", drawings)
+    sample.save_grid(folder / "rows_shapes.png", drawings)
 
 
-def place(folder, row, seed):
-    """The checkpoint of a row and seed."""
-    return folder / f"{re.sub('[^a-z0-9]+', '-', row)}-{seed}" / "stage1.pt"
+def run(script, *args):
+    """A script of the project as a process. Raises where it fails."""
+    subprocess.run([sys.executable, str(ROOT / script), *args], check=True)
 
 
 def read_rows(path):
@@ -74,17 +92,35 @@ def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def print_table(name, rows):
-    """Mean and standard deviation over the seeds of every row and column."""
+def print_table(rows):
+    """Mean and standard deviation over the seeds of every row and column, then of the differences
+    to the demo with the same seed."""
     columns = [key for key, value in rows[0].items() if isinstance(value, float)]
-    print(f"\n| {name} | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
-    for row in dict.fromkeys(done["row"] for done in rows):
+    by_row = {}
+    for row in rows:
+        by_row.setdefault(row["row"], {})[row["seed"]] = row
+    print(f"\n| row | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
+    for name, seeds in by_row.items():
+        cells = [spread([row[column] for row in seeds.values()]) for column in columns]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+    demo = by_row.get("demo", {})
+    print(f"\n| row minus demo | {' | '.join(COMPARED)} |\n|{'---|' * (1 + len(COMPARED))}")
+    for name, seeds in by_row.items():
+        both = sorted(seeds.keys() & demo.keys())
+        if name == "demo" or not both:
+            continue
         cells = []
-        for column in columns:
-            values = [done[column] for done in rows if done["row"] == row]
-            spread = np.std(values, ddof=1) if len(values) > 1 else 0
-            cells.append(f"{np.mean(values):.2f} ± {spread:.2f}")
-        print(f"| {row} | {' | '.join(cells)} |")
+        for column in COMPARED:
+            cells.append(spread([seeds[seed][column] - demo[seed][column] for seed in both]))
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def spread(values):
+    """ "mean ± standard deviation" of numbers; of one alone, itself."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
 def plot(path, rows, x, y):
@@ -125,7 +161,6 @@ def plot(path, rows, x, y):
 def options():
     """The command line."""
     p = sample.Parser(__doc__)
-    p.add_argument("name", choices=[*EXPERIMENTS], help="the table")
     p.add(
         "--seeds",
         [0, 1, 2],
@@ -133,6 +168,7 @@ def options():
         nargs="+",
         type=sample.whole(0),
     )
+    p.add("--rows", [*ROWS], "the rows to train", nargs="+", choices=[*ROWS], metavar="ROW")
     p.add("--out", "experiments", "folder of its networks, table and pictures")
     return p.parse_args()
 
@@ -140,7 +176,7 @@ def options():
 def main():
     """Make the table of the command line."""
     args = options()
-    experiment(args.name, args.out, args.seeds)
+    experiment(args.out, args.seeds, args.rows)
 
 
 if __name__ == "__main__":
