@@ -29,19 +29,27 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+
 class UserError(ValueError):
-    """An error that the user can correct: one sentence that names the file or the option."""
+    """An error that the user can correct: one sentence that names the file or the option.
+
+    tokenizer.py, decoder.py, mixer.py and fid.py each work alone and have a UserError each. They
+    share ValueError: code that uses several of the files catches that.
+    """
+
 
 def euler(velocity, x, steps):
     """Follows dx/dt = velocity(x, t) from noise (t=0) to data (t=1) in equal steps of 1/steps.
 
     x: the noise, any shape. velocity is asked at t = 0, 1/steps, ... 1 - 1/steps, never at t=1;
-    t has the shape (1,). Returns the data, shaped like x.
+    t is a tensor of one number, of the shape (). Returns the data, shaped like x.
     """
     for i in range(steps):
-        t = torch.full((1,), i / steps, device=x.device)
+        # On the CPU, where a velocity may compare it without waiting for the device.
+        t = torch.tensor(i / steps)
         x = x + velocity(x, t) / steps
     return x
+
 
 class Decoder(nn.Module):
     """Predicts the velocity of the flow, given the tokens z of an image (Sec. 3 of the paper).
@@ -49,7 +57,8 @@ class Decoder(nn.Module):
     The projected tokens stand in front of the noisy patches, all attend to all, and the tokens'
     outputs are dropped. Time enters through the norms, which it scales.
 
-    forward: x_t (B,C,size,size), t (B,) or (1,) in [0,1], z (B,K,token_dim) -> v like x_t
+    forward: x_t (B,C,size,size), t (B,), (1,) or () in [0,1], z (B,K,token_dim) -> v like x_t.
+    t () may be on the CPU, as euler gives it.
 
     channels, size     C and side of the latents
     patch              side of a patch, in latent pixels
@@ -63,9 +72,10 @@ class Decoder(nn.Module):
     t_max              the largest time that the network is told; the trainer sets it from its
                        distribution of t
 
-    Raises UserError where `size` is no multiple of `patch`, and ValueError on other settings that
-    do not fit together.
+    Raises UserError, a ValueError, where `size` is no multiple of `patch`, and a plain ValueError
+    on other settings that do not fit together.
     """
+
     def __init__(self, channels=4, size=32, patch=2, width=1152, depth=28, heads=16, mapping=1024,
                  token_dim=768, K=1, learned_positions=False, predict="velocity", t_max=1.0):
         super().__init__()
@@ -87,7 +97,8 @@ class Decoder(nn.Module):
         self.K = K
         self.predict = predict
         self.t_max = t_max
-        self.checkpointing = False  # True: recompute the blocks' activations in the backward pass
+        # If True, the backward pass computes the blocks' activations again, to save their memory.
+        self.checkpointing = False
 
         self.mapping = Mapping(mapping)
 
@@ -175,6 +186,9 @@ class Decoder(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(self, x_t, t, z):
+        # A sum brings euler's t () to the device. A copy would wait for the device.
+        t = t + torch.zeros(1, device=x_t.device)                       # (B,) or (1,)
+
         tokens = self.project(z)                                        # (B,K,width)
         patches = self.patch_in(to_patches(x_t, self.patch))            # (B,N,width)
         if self.patch_pos is not None:
@@ -201,6 +215,7 @@ class Decoder(nn.Module):
         left = (1 - t).clamp(min=1e-6)
         return (output - x_t) / left[:, None, None, None]
 
+
 # ---- Below: the parts of the decoder
 def to_patches(x, p):
     """Images (B,C,H,W) -> patches (B,N,p*p*C), row by row; a patch holds (row, column, channel)."""
@@ -209,6 +224,7 @@ def to_patches(x, p):
     x = x.permute(0, 2, 4, 3, 5, 1)                                     # (B,H/p,W/p,p,p,C)
     return x.reshape(B, -1, p * p * C)
 
+
 def from_patches(x, p, shape):
     """The way back: patches (B,N,p*p*C) -> images of this shape (B,C,H,W)."""
     B, C, H, W = shape
@@ -216,11 +232,13 @@ def from_patches(x, p, shape):
     x = x.permute(0, 5, 1, 3, 2, 4)                                     # (B,C,H/p,p,W/p,p)
     return x.reshape(B, C, H, W)
 
+
 class Block(nn.Module):
     """Self-attention, then SwiGLU, both residual.
 
     forward: x (B,K+N,width), condition c (B,M), rotary (see Decoder.rotary) -> like x
     """
+
     def __init__(self, width, heads, condition):
         super().__init__()
         self.norm1 = RMSNorm(width, condition)
@@ -232,12 +250,14 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x, c), rotary)
         return x + self.ff(self.norm2(x, c))
 
+
 class Attention(nn.Module):
     """Cosine attention with RoPE, (B,N,width) -> the same.
 
     Every q and k of a head has the length sqrt(scale), so that q k^T is scale * cosine. It is not
     divided by sqrt(d).
     """
+
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -261,10 +281,12 @@ class Attention(nn.Module):
         x = x.transpose(1, 2).reshape(B, N, D)
         return self.out_proj(x)
 
+
 def normalize(x, length):
     """Gives each vector of x (B,N,heads,d) the length (heads,1), in float32."""
     x = x.float()
     return x * (length * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6))
+
 
 def rotate(x, rotary):
     """RoPE (Su 2021), x (B,N,heads,d) -> the same; cosines and sines, each (N,heads,d/4).
@@ -277,8 +299,10 @@ def rotate(x, rotary):
     a, b, rest = x.split([n, n, x.shape[-1] - 2 * n], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
+
 class SwiGLU(nn.Module):
     """A linear map to (value, gate), value * silu(gate), a linear map back (Shazeer 2020)."""
+
     def __init__(self, width):
         super().__init__()
         self.up_proj = nn.Linear(width, 6 * width, bias=False)
@@ -288,12 +312,14 @@ class SwiGLU(nn.Module):
         value, gate = self.up_proj(x).chunk(2, dim=-1)
         return self.down_proj(value * F.silu(gate))
 
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, in float32.
 
     Without a condition, x has any shape (...,width) and the scale is learned. With a condition
     c (B,M), x is (B,N,width) and the scale is 1 + linear(c).
     """
+
     def __init__(self, width, condition=None):
         super().__init__()
         if condition is None:
@@ -311,12 +337,14 @@ class RMSNorm(nn.Module):
         normed = F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
         return (normed * scale).to(x.dtype)
 
+
 class Mapping(nn.Module):
     """Time t (B,) in [0,1] -> condition c (B,M).
 
     Random Fourier features cos(2 pi f t) and sin(2 pi f t), with frequencies f that are drawn once
     and stored, then two residual SwiGLU blocks (Crowson 2024).
     """
+
     def __init__(self, width):
         super().__init__()
         self.register_buffer("freqs", torch.randn(width // 2, 1))
@@ -336,13 +364,18 @@ class Mapping(nn.Module):
                 c = c + block(norm(c))
             return self.out_norm(c)
 
+
 # ---- Below: the SD VAE (kl-f8, Rombach 2022), frozen, with the tensor names of diffusers
 class VAE(nn.Module):
     """Images (B,3,H,W) in [-1,1], H and W multiples of `factor` <-> latents (B,C,H/8,W/8).
 
     widths: channels inside, a level each; every level but the last halves H and W. channels: C of
     the latents. scale: a latent is `scale` times a sample of the posterior, about of variance 1.
+    However many images there are, PASS of them at a time are worked on: at 256 pixels an image
+    takes 160 MB of memory inside, many times more than all that is kept of it.
     """
+    PASS = 16
+
     def __init__(self, widths=(128, 256, 512, 512), channels=4, scale=0.18215):
         super().__init__()
         self.config = dict(widths=list(widths), channels=channels, scale=scale)
@@ -360,7 +393,8 @@ class VAE(nn.Module):
 
         The log-variance is kept within [-30,20].
         """
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, 1)
+        parts = [self.quant_conv(self.encoder(part)) for part in x.split(self.PASS)]
+        mean, logvar = torch.cat(parts).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
     def sample(self, mean, logvar, noise):
@@ -369,7 +403,9 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """Latents (B,C,h,w) -> images (B,3,8h,8w), about in [-1,1], not clamped."""
-        return self.decoder(self.post_quant_conv(latents / self.scale))
+        parts = (latents / self.scale).split(self.PASS)
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
+
 
 class PixelSpace(nn.Module):
     """Takes the place of a VAE where the latents are the pixels themselves; nothing is random.
@@ -389,8 +425,10 @@ class PixelSpace(nn.Module):
     def decode(self, latents):
         return latents
 
+
 class VAEEncoder(nn.Module):
     """Images (B,3,H,W) -> (B,2C,H/8,W/8). From level to level, H and W are halved."""
+
     def __init__(self, widths, channels):
         super().__init__()
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
@@ -411,8 +449,10 @@ class VAEEncoder(nn.Module):
         x = self.mid_block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
+
 class VAEDecoder(nn.Module):
     """Latents (B,C,h,w) -> images (B,3,8h,8w). From level to level, h and w are doubled."""
+
     def __init__(self, widths, channels):
         super().__init__()
         widths = list(reversed(widths))
@@ -434,12 +474,14 @@ class VAEDecoder(nn.Module):
             x = level(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
+
 class DownLevel(nn.Module):
     """Two ResBlocks, then half of the resolution, except on the last level.
 
     The modules stand in lists, even if there is only one, because the stored names have a number
     there.
     """
+
     def __init__(self, before, width, last):
         super().__init__()
         self.resnets = nn.ModuleList([ResBlock(before, width), ResBlock(width, width)])
@@ -452,8 +494,10 @@ class DownLevel(nn.Module):
             x = part(x)
         return x
 
+
 class UpLevel(nn.Module):
     """Three ResBlocks, then twice the resolution, except on the last level."""
+
     def __init__(self, before, width, last):
         super().__init__()
         self.resnets = nn.ModuleList(
@@ -467,8 +511,10 @@ class UpLevel(nn.Module):
             x = part(x)
         return x
 
+
 class Downsample(nn.Module):
     """(B,C,H,W) -> (B,C,H/2,W/2). Zeros are added on the right and at the bottom only."""
+
     def __init__(self, width):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
@@ -476,8 +522,10 @@ class Downsample(nn.Module):
     def forward(self, x):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
+
 class Upsample(nn.Module):
     """(B,C,H,W) -> (B,C,2H,2W): every pixel four times, then a convolution."""
+
     def __init__(self, width):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
@@ -485,8 +533,10 @@ class Upsample(nn.Module):
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
+
 class Middle(nn.Module):
     """ResBlock, attention, ResBlock at the lowest resolution, (B,C,H,W) -> the same."""
+
     def __init__(self, width):
         super().__init__()
         self.resnets = nn.ModuleList([ResBlock(width, width), ResBlock(width, width)])
@@ -497,8 +547,10 @@ class Middle(nn.Module):
         x = self.attentions[0](x)
         return self.resnets[1](x)
 
+
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, residual; (B,before,H,W) -> (B,width,H,W)."""
+
     def __init__(self, before, width):
         super().__init__()
         self.norm1 = nn.GroupNorm(32, before, eps=1e-6)
@@ -515,8 +567,10 @@ class ResBlock(nn.Module):
         y = self.conv2(F.silu(self.norm2(y)))
         return self.conv_shortcut(x) + y
 
+
 class SpatialAttention(nn.Module):
     """Self-attention over all positions, one head, residual; (B,C,H,W) -> the same."""
+
     def __init__(self, width):
         super().__init__()
         self.group_norm = nn.GroupNorm(32, width, eps=1e-6)
@@ -531,6 +585,7 @@ class SpatialAttention(nn.Module):
         y = self.to_out[0](y[:, 0])                                     # (B,H*W,C)
         return x + y.mT.reshape(x.shape)
 
+
 # ---- Below: reading the VAE's file. Nothing about the method.
 # Older files of diffusers have other names in the attention.
 OLD_NAMES = [
@@ -541,15 +596,22 @@ OLD_NAMES = [
 ]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+
 def load_vae(path):
-    """The SD VAE in diffusers' layout, from .safetensors or .bin (torch). Raises UserError."""
+    """The SD VAE in diffusers' layout, from .safetensors or .bin (torch).
+
+    Raises UserError, a ValueError.
+    """
     vae = vae_from(read_tensors(path), path)
-    return vae.to(memory_format=torch.channels_last)  # the fastest for convolutions
+    # This memory layout is the fastest for convolutions.
+    return vae.to(memory_format=torch.channels_last)
+
 
 def vae_from(tensors, path):
     """A frozen float32 VAE from {name: tensor} in diffusers' layout; `path` is for the error.
 
-    The widths are read off the tensors. Raises UserError where names or shapes are others.
+    The widths are read off the tensors. Raises UserError, a ValueError, where names or shapes are
+    others.
     """
     found = {}
     for name, tensor in tensors.items():
@@ -568,12 +630,16 @@ def vae_from(tensors, path):
                         f"give diffusion_pytorch_model.safetensors ({why})") from e
     return vae.requires_grad_(False)
 
+
 def read_tensors(path):
-    """{name: tensor} of a .safetensors file, or of a dict that torch saved. Raises UserError."""
-    if torch.__version__ < (2, 6):
-        # CVE-2025-32434: before, weights_only could run code of a file.
+    """{name: tensor} of a .safetensors file, or of a dict that torch saved.
+
+    Raises UserError, a ValueError.
+    """
+    # CVE-2025-32434 and CVE-2026-24747: before, a file could run code in spite of weights_only.
+    if torch.__version__ < (2, 10):
         raise UserError(f"{path} cannot be read safely by torch {torch.__version__}: "
-                        "install torch 2.6 or newer")
+                        "install torch 2.10 or newer")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; give the path of a weight file")
     try:
@@ -582,14 +648,17 @@ def read_tensors(path):
         # mmap: of a large file, only the tensors that are used take memory.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {name: x for name, x in content.items() if isinstance(x, torch.Tensor)}
-    except Exception as e:  # whatever goes wrong here, the reason is the file
+    except Exception as e:
+        # Whatever goes wrong here, the reason is the file.
         raise UserError(f"{path}: damaged, or not a weight file of safetensors or torch >= 1.6; "
                         "get it again") from e
+
 
 def is_safetensors(path):
     """Whether the file begins as .safetensors do: eight bytes of a length, then JSON."""
     with open(path, "rb") as f:
         return f.read(9)[8:] == b"{"
+
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file: length of the header, header in JSON, raw bytes.

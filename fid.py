@@ -31,14 +31,17 @@ from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-class UserError(ValueError):
-    """Something that the user can put right. The command line prints it as one line, with status 2.
 
-    Each file of this project that works alone has a UserError of its own. They share ValueError:
-    code that uses several of the files catches that.
+class UserError(ValueError):
+    """An error that the user can correct. The command line prints it as one line, with status 2.
+
+    tokenizer.py, decoder.py, mixer.py and fid.py each work alone and have a UserError each. They
+    share ValueError: code that uses several of the files catches that.
     """
+
     def __init__(self, text):
         super().__init__(printable(text))
+
 
 # ---- Inception-v3 (Szegedy et al., arXiv 1512.00567), as converted from TensorFlow's graph of 2015
 
@@ -46,6 +49,7 @@ class UserError(ValueError):
 AVG = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 MAX = nn.MaxPool2d(3, stride=1, padding=1)
 HALF = nn.MaxPool2d(3, stride=2)
+
 
 def conv(c_in, c_out, kernel=1, stride=1, padding="same"):
     """Convolution, batch norm and ReLU, named as in the published files."""
@@ -55,14 +59,17 @@ def conv(c_in, c_out, kernel=1, stride=1, padding="same"):
     layers["relu"] = nn.ReLU(inplace=True)
     return nn.Sequential(layers)
 
+
 class Mixed(nn.ModuleDict):
     """Branches side by side, concatenated over channels: (B,C,H,W) -> (B,sum of theirs,H,W).
 
     Each branch is a dict {published name: layer}. A layer that two branches share runs once.
     """
+
     def __init__(self, *branches):
         super().__init__({name: layer for branch in branches for name, layer in branch.items()})
-        self.branches = [list(branch) for branch in branches]  # their names
+        # Of each branch, the names of its layers.
+        self.branches = [list(branch) for branch in branches]
 
     def forward(self, x):
         outputs = {}
@@ -73,6 +80,7 @@ class Mixed(nn.ModuleDict):
                     outputs[name] = self[name](y)
                 y = outputs[name]
         return torch.cat([outputs[branch[-1]] for branch in self.branches], 1)
+
 
 def mixed_35(c_in, c_pool):
     """(B,c_in,35,35) -> (B,224+c_pool,35,35). All sides here are those of 299 x 299 pixels."""
@@ -86,6 +94,7 @@ def mixed_35(c_in, c_pool):
             branch3x3dbl_2=conv(64, 96, 3),
             branch3x3dbl_3=conv(96, 96, 3)),
         dict(pool=AVG, branch_pool=conv(c_in, c_pool)))
+
 
 def mixed_17(c):
     """(B,768,17,17) -> the same. 7 x 7 kernels are a 1 x 7 and a 7 x 1, c channels between."""
@@ -103,6 +112,7 @@ def mixed_17(c):
             branch7x7dbl_5=conv(c, 192, (1, 7))),
         dict(pool=AVG, branch_pool=conv(768, 192)))
 
+
 def mixed_8(c_in, pool):
     """(B,c_in,8,8) -> (B,2048,8,8). Two stems fork into a 1 x 3 and a 3 x 1 kernel each."""
     first = dict(
@@ -118,6 +128,7 @@ def mixed_8(c_in, pool):
         dict(double, branch3x3dbl_3b=conv(384, 384, (3, 1))),
         dict(pool=pool, branch_pool=conv(c_in, 192)))
 
+
 class Inception(nn.Sequential):
     """uint8 pictures (B,3,H,W) of any size -> pooled features (B,2048) float32.
 
@@ -125,6 +136,7 @@ class Inception(nn.Sequential):
     original's and torch-fidelity's: bilinear without a shift, (x - 128) / 128). Raises TypeError
     for another `resize` and for pictures that are not uint8.
     """
+
     def __init__(self, resize):
         super().__init__()
         self.resize = resize
@@ -191,14 +203,20 @@ class Inception(nn.Sequential):
         with exact(x.device):
             return super().forward(x).mean((2, 3))                      # mean of (B,2048,8,8)
 
+
 @contextlib.contextmanager
 def exact(device):
-    """Networks that score run in whole float32 inside this block, whatever the caller has set."""
+    """Networks run in whole float32 inside this block, under any autocast and allow_tf32 outside.
+
+    By default a GPU rounds the numbers that enter a convolution to TF32, which has 11 bits.
+    """
     with torch.autocast(device.type, enabled=False):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
 
+
 # ---- Statistics of features, and the distance of two
+
 
 def float64(x):
     """A tensor as float64, uint8 scaled to [0,1]; from mps, which has no float64, to the CPU."""
@@ -209,6 +227,7 @@ def float64(x):
         return x.double() / 255
     return x.double()
 
+
 class Statistics:
     """Mean and covariance of features, summed in float64 as a stream: any number of pictures fits.
 
@@ -216,6 +235,7 @@ class Statistics:
     (D,D) the covariance, divided by n - 1, both numpy float64. `resize` and `inception` (SHA-256 of
     the weights) say how the features were made, or are None.
     """
+
     def __init__(self, dims=2048, resize=None, inception=None):
         self.resize = resize
         self.inception = inception
@@ -241,6 +261,7 @@ class Statistics:
     def cov(self):
         centred = self.sums - self.sums[:, -1:] * self.sums[-1] / self.n
         return (centred[:-1, :-1] / (self.n - 1)).cpu().numpy()         # (D,D)
+
 
 def frechet_distance(mu1, cov1, mu2, cov2):
     """Eq. 1 for means (D,) and covariances (D,D), also singular ones -> float >= 0.
@@ -274,6 +295,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root
     return max(0.0, float(distance))
 
+
 def fid(real, fake):
     """FID of two Statistics, or of what read_statistics returns -> float >= 0.
 
@@ -299,7 +321,9 @@ def fid(real, fake):
         warn(f"biased with N = {counts[0]} and {counts[1]}; take N = {len(real.mu) + 1} or more")
     return score
 
+
 # ---- Scores of pairs of pictures
+
 
 def to_uint8(x):
     """[-1,1] -> uint8, rounded as a saved picture is; every score of pictures starts here.
@@ -310,6 +334,7 @@ def to_uint8(x):
         raise UserError("the model's pictures hold NaN or infinity; nothing was scored")
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
+
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB: (B,C,H,W) twice -> (B,) float64; inf where a pair is equal.
 
@@ -317,6 +342,7 @@ def psnr(a, b):
     """
     error = (float64(a) - float64(b)).square().flatten(1).mean(1)       # (B,)
     return -10 * error.log10()
+
 
 def ssim(a, b):
     """Structural similarity, mean over channels: (B,C,H,W) twice -> (B,) float64 in [-1,1].
@@ -343,6 +369,7 @@ def ssim(a, b):
     above = (2 * mu_a * mu_b + 1e-4) * (2 * cov + 9e-4)
     below = (mu_a**2 + mu_b**2 + 1e-4) * (var_a + var_b + 9e-4)
     return (above / below).flatten(1).mean(1)
+
 
 class LPIPS(nn.Module):
     """Perceptual distance: a, b (B,3,H,W) in [-1,1], sides >= 16 -> (B,) float32, 0 where equal.
@@ -401,6 +428,7 @@ class LPIPS(nn.Module):
                     total = total + head(difference.square()).mean((1, 2, 3))
         return total                                                    # (B,)
 
+
 def pair_scores(real, fake, lpips=None):
     """uint8 (B,3,H,W) twice, sides >= 16 -> (B,3) float64: PSNR in dB, SSIM, LPIPS.
 
@@ -417,17 +445,22 @@ def pair_scores(real, fake, lpips=None):
     decibels = psnr(real, fake)
     return torch.stack([decibels, ssim(real, fake), float64(distance).to(decibels.device)], 1)
 
+
 # ==== Nothing about the method below this line: files of weights and pictures, command line ====
 
+
 # ---- Messages
+
 
 def printable(text):
     """Any text or path -> text that can be printed: escapes stand for bytes that are not UTF-8."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
+
 def warn(text):
     """One line on stderr, so that scores on stdout stay alone."""
     print(f"fid.py: warning: {printable(text)}", file=sys.stderr)
+
 
 @contextlib.contextmanager
 def naming(what, mend=""):
@@ -444,6 +477,7 @@ def naming(what, mend=""):
         reason = " ".join(str(error).split()).split(". ")[0]
         raise UserError(f"{what} ({type(error).__name__}: {reason:.200}){mend}") from error
 
+
 # ---- Files of weights and of statistics
 
 URLS = (
@@ -452,26 +486,30 @@ URLS = (
     "https://download.pytorch.org/models/vgg16-397923af.pth",
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth")
 
+
 def usual_path(url):
     """Where torch.hub would keep the file of an address."""
     return os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
 
+
 INCEPTION, VGG, HEADS = map(usual_path, URLS)
+
 
 def sha256(path):
     """Hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+
 def load_weights(module, path, what, ignore=()):
     """Fill `module` from a file's state dict, less the names that begin with one of `ignore`.
 
     Returns the file's SHA-256. Raises UserError, a ValueError, where the file is missing or wrong.
     """
-    # weights_only ran code of the file before torch 2.6 (CVE-2025-32434).
-    if torch.__version__ < (2, 6):
-        old = torch.__version__
-        raise UserError(f"{path} cannot be read safely by torch {old}: install torch 2.6 or newer")
+    # CVE-2025-32434 and CVE-2026-24747: before, a file could run code in spite of weights_only.
+    if torch.__version__ < (2, 10):
+        raise UserError(f"{path} cannot be read safely by torch {torch.__version__}: "
+                        "install torch 2.10 or newer")
 
     mend = ""
     for url in URLS:
@@ -483,6 +521,7 @@ def load_weights(module, path, what, ignore=()):
         state = {name: x for name, x in state.items() if not name.startswith(ignore)}
         module.load_state_dict(state)
     return sha256(path)
+
 
 def load_inception(path=INCEPTION, resize="pytorch-fid", device="cpu"):
     """Inception with weights from `path`, on `device`; .inception is the SHA-256 of the file.
@@ -503,9 +542,11 @@ def load_inception(path=INCEPTION, resize="pytorch-fid", device="cpu"):
     layout = torch.channels_last if str(device) == "cpu" else torch.contiguous_format
     return net.to(device, memory_format=layout)
 
+
 def is_npz(path):
     """Whether a source is a file of statistics, by its suffix."""
     return str(path).lower().endswith(".npz")
+
 
 def read_statistics(path):
     """An .npz with mu (D,) and sigma (D,D), as pytorch-fid and ADM write it -> .mu, .cov, float64.
@@ -528,9 +569,11 @@ def read_statistics(path):
         cov = file["sigma"].astype(np.float64)
         return types.SimpleNamespace(mu=mu, cov=cov, **known)
 
+
 # What torch.save says where a disk is full: first its present format, then the one before 1.6. They
 # were found by filling a file system of 1 MiB 1,500 times; what else it says has other reasons.
 DISK_FULL = ("unexpected pos", "write(): fd")
+
 
 def write_file(path, write):
     """Call write(open file) on a temporary file, then rename it: `path` is complete or unchanged.
@@ -555,6 +598,7 @@ def write_file(path, write):
             raise UserError(f"{path} cannot be written ({reason}); {advice}") from error
         raise
 
+
 # ---- Files of pictures: folders and .tar archives
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
@@ -562,9 +606,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".
 # None that starts another program, as EPS does.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
+
 def hidden(name):
     """Whether a file or folder of this name is left out: what systems put beside pictures."""
     return name.startswith(".") or name == "__MACOSX"
+
 
 def is_folder(entry):
     """Whether an entry of os.scandir is a folder or a link to one. A link to itself is none."""
@@ -572,6 +618,7 @@ def is_folder(entry):
         return entry.is_dir()
     except OSError:
         return False
+
 
 def walk_folder(folder, above, seen):
     """Yield (name, place) of the files below a folder, in sorted order. `above` begins every name.
@@ -599,11 +646,13 @@ def walk_folder(folder, above, seen):
         else:
             yield name, (entry.path,)
 
+
 def read_tar(path):
     """walk_folder for a .tar: what it yields for a folder with the same files. Raises UserError."""
     with naming(f"{path} is not a whole .tar", "; get it again"):
         tree = tar_tree(path)
     yield from walk_tar(path, tree, tree, [], set())
+
 
 def tar_tree(path):
     """The members of a .tar as nested dicts.
@@ -638,6 +687,7 @@ def tar_tree(path):
                 block = file.read(tarfile.BLOCKSIZE)
     return tree
 
+
 def add_member(tree, member, path):
     """Put a member of a .tar into the tree. ValueError where its bytes are not in one piece."""
     parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
@@ -663,6 +713,7 @@ def add_member(tree, member, path):
         raise ValueError(f"{member.name} is stored with holes; write it without --sparse")
     elif member.isfile():
         folder[name] = (path, member.offset_data, member.size)
+
 
 def follow(tree, above, target):
     """What a link in the folder `above`, a list of names, leads to in the tree of a .tar.
@@ -701,6 +752,7 @@ def follow(tree, above, target):
             here.append(child)
     return here[-1]
 
+
 def walk_tar(path, tree, folder, above, seen):
     """walk_folder for a folder of the tree of a .tar; `above` lists the names that lead to it.
 
@@ -724,6 +776,7 @@ def walk_tar(path, tree, folder, above, seen):
             yield from walk_tar(path, tree, child, parts, seen)
         else:
             yield "/".join(parts), child
+
 
 def files(source):
     """Every file of a folder, of any depth, or of a .tar -> {name: place}, sorted by name.
@@ -755,6 +808,7 @@ def files(source):
         advice = "unpack a .zip or any other archive into a folder"
     raise UserError(f"{source} is {found}, not a folder or .tar of pictures; {advice}")
 
+
 def left_out(names):
     """Count names of files() that are no pictures by their suffix -> {suffix: count}, most first.
 
@@ -768,6 +822,7 @@ def left_out(names):
             counts[suffix or "no suffix"] += 1
     return dict(counts.most_common())
 
+
 def read_bytes(place):
     """The bytes at a place of files(): of a file, (path,), or of a .tar, (path, offset, size)."""
     path = place[0]
@@ -777,6 +832,7 @@ def read_bytes(place):
         offset, size = place[1:]
         file.seek(offset)
         return file.read(size)
+
 
 def decode(file, pixels=None):
     """A picture's path or open file -> uint8 (H,W,3). Raises what Pillow raises.
@@ -810,6 +866,7 @@ def decode(file, pixels=None):
             image = white
         return np.array(image.convert("RGB"))                           # (H,W,3)
 
+
 def pictures(source):
     """A folder or .tar -> (names, sorted by stem and suffix; read(name) -> uint8 (H,W,3)).
 
@@ -827,15 +884,18 @@ def pictures(source):
 
     return sorted(names, key=os.path.splitext), read
 
+
 def listed(counts):
     """{".heic": 12, ".txt": 1} -> "12 .heic, 1 .txt"."""
     return ", ".join(f"{count} {suffix}" for suffix, count in counts.items())
+
 
 def tell_left_out(source):
     """Print how many files of a folder or .tar are not scored, if any."""
     counts = left_out(files(source))
     if counts:
         warn(f"{source}: left out {listed(counts)}")
+
 
 def read_ahead(read, names, wait=64, workers=8):
     """Yield read(name) of each name, in order, while threads read up to `wait` of the next."""
@@ -848,11 +908,14 @@ def read_ahead(read, names, wait=64, workers=8):
         while ahead:
             yield ahead.popleft().result()
 
+
 def to_batch(picture, device):
     """uint8 (H,W,3) of numpy -> a batch of one (1,3,H,W) on `device`."""
     return torch.from_numpy(picture).to(device).permute(2, 0, 1)[None]
 
+
 # ---- The two commands
+
 
 def measure(source, net, batch=50):
     """Statistics of the Inception features of a folder's or .tar's pictures, or those of an .npz.
@@ -875,6 +938,7 @@ def measure(source, net, batch=50):
                 bar.update(len(waiting))
                 waiting = []
     return stats
+
 
 def partners(real, fake, names_real, names_fake):
     """Pair the names of two sources -> [(name of real, name of fake)], sorted.
@@ -912,6 +976,7 @@ def partners(real, fake, names_real, names_fake):
         raise UserError(f"{len(lonely)} without a partner: {', '.join(lonely[:5])}; "
                         "names must pair one to one")
     return sorted(pairs)
+
 
 def score_pairs(real, fake, lpips, device):
     """Records of PSNR, SSIM and LPIPS of the pictures with the same name, see partners.
@@ -954,6 +1019,7 @@ def score_pairs(real, fake, lpips, device):
         record("PSNR", mean, real, count, count, note=note),
         record("SSIM", scores[:, 1].mean(), real, count, count),
         record("LPIPS", scores[:, 2].mean(), real, count, count, weights=net.sha256)]
+
 
 def score_fid(args, device):
     """Records of the FID, a list of one, or of none where only --save-stats is asked for.
@@ -1001,6 +1067,7 @@ def score_fid(args, device):
                    preprocessing=fake.resize or real.resize,
                    weights=fake.inception or real.inception)]
 
+
 def record(metric, value, reference, n_real, n_fake, preprocessing=None, weights=None, note=None):
     """Print the line of a score and return the same as a dict for JSON.
 
@@ -1026,7 +1093,9 @@ def record(metric, value, reference, n_real, n_fake, preprocessing=None, weights
     # JSON has no infinity.
     return {"metric": metric, "value": value if math.isfinite(value) else str(value), **facts}
 
+
 # ---- Command line
+
 
 def find_device(name):
     """The value of --device -> "cpu", "cuda" or "mps". UserError where torch has no such device."""
@@ -1038,11 +1107,13 @@ def find_device(name):
         raise UserError("--device mps: torch sees no such device here; give --device cpu")
     return name
 
+
 def is_out_of_memory(error):
     """Whether an exception says that memory is short. torch has no class for it on a CPU or mps."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+
 
 def positive(text):
     """A whole number above 0. Raises ValueError."""
@@ -1050,6 +1121,7 @@ def positive(text):
     if number < 1:
         raise ValueError(text)
     return number
+
 
 def options():
     """The parser of the command line. It takes no abbreviations and refuses in one line."""
@@ -1086,12 +1158,16 @@ def options():
         help="write a list of the scores with all that they depend on")
     return parser
 
+
 def main(argv=None):
     """Scores from the command line."""
     parser = options()
     args = parser.parse_args(argv)
     if args.pairs and args.save_stats:
         parser.error("--save-stats does not go with --pairs")
+    if args.save_stats and not is_npz(args.save_stats):
+        parser.error(f"--save-stats {args.save_stats}: the name must end in .npz, by which it is "
+                     "known as statistics later")
     if not args.fake and not args.save_stats:
         parser.error("give REAL and FAKE; REAL alone goes with --save-stats")
 
@@ -1119,6 +1195,7 @@ def main(argv=None):
             remedies.append("--device cpu")
         remedy = " or ".join(remedies) or "smaller pictures"
         parser.error(f"out of memory on {device}: give {remedy}")
+
 
 if __name__ == "__main__":
     main()

@@ -19,14 +19,23 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+
+class UserError(ValueError):
+    """An error that the user can correct: one sentence that names the setting.
+
+    tokenizer.py, decoder.py, mixer.py and fid.py each work alone and have a UserError each. They
+    share ValueError: code that uses several of the files catches that.
+    """
+
+
 class Mixer(nn.Module):
     """Predicts the velocity of the flow from noise to normalised tokens.
 
     Its sequence of S tokens: the K noisy ones, one for the class, four learned ones if there is
     text (Sec. 4.2), and one for the time.
 
-    forward: z_t (B,K,D), t (B,) or (1,) in [0,1], labels (B,) long, text (B,L,C), mask (B,L) bool,
-    True for words, False for padding -> v (B,K,D)
+    forward: z_t (B,K,D), t (B,), (1,) or () in [0,1], labels (B,) long, text (B,L,C), mask (B,L)
+    bool, True for words, False for padding -> v (B,K,D). t () may be on the CPU.
 
     K, D            number and width of the tokens
     hidden, depth   width and number of the layers
@@ -35,10 +44,19 @@ class Mixer(nn.Module):
     channel_hidden  width of the MLPs across channels; by default 4 hidden (the paper: "4")
     time_scale      factor of t before the sinusoids, which were made for times up to 1000
     text_width      C; None: there is no text. A mask that is all False means "no text"
+
+    Raises UserError, a ValueError, where `hidden` is smaller than D: the velocity is a linear map
+    of `hidden` numbers whose sum the last norm fixes, so that it moves a token in hidden - 1
+    directions. In all others the starting noise stays; where hidden = D, that is one of D.
     """
+
     def __init__(self, K=1, D=768, hidden=1280, depth=28, num_classes=1000, token_hidden=None,
                  channel_hidden=None, time_scale=1000.0, text_width=None):
         super().__init__()
+        if hidden < D:
+            raise UserError(f"a Mixer of width {hidden} cannot generate tokens of width {D}; "
+                            f"give hidden={D} or more, or another --size")
+
         S = K + 1
         if num_classes:
             S += 1
@@ -81,6 +99,9 @@ class Mixer(nn.Module):
 
     def forward(self, z_t, t, labels=None, text=None, mask=None):
         B = len(z_t)
+        # A sum brings a t () on the CPU to the device. A copy would wait for the device.
+        t = t + torch.zeros(1, device=z_t.device)                       # (B,) or (1,)
+
         sequence = [z_t + self.pos_embed]                               # (B,K,D)
         if self.label is not None:
             sequence.append(self.label(labels)[:, None])                # (B,1,D)
@@ -107,12 +128,14 @@ class Mixer(nn.Module):
         text = torch.where(null[..., None], self.null_text, self.text_norm(text))
         return text, mask | null
 
+
 def guided(mixer, labels=None, text=None, mask=None, scale=1.5, interval=(0.3, 0.9)):
-    """Classifier-free guidance (Ho 2022), as a function velocity(z_t (B,K,D), t (1,)) -> (B,K,D).
+    """Classifier-free guidance (Ho 2022), as a function velocity(z_t (B,K,D), t) -> (B,K,D).
 
     With c and u, the velocities with and without the condition, it gives u + scale (c - u) while t
     is in `interval`, ends included, and c at other times (Kynkaanniemi 2024). labels, text, mask:
-    the condition, as Mixer takes it. scale 1 means no guidance.
+    the condition, as Mixer takes it. scale 1 means no guidance. t is () or (1,); on the CPU, it is
+    compared without waiting for the device.
     """
     def velocity(z_t, t):
         condition = labels is not None or text is not None
@@ -132,12 +155,14 @@ def guided(mixer, labels=None, text=None, mask=None, scale=1.5, interval=(0.3, 0
         return u + scale * (c - u)
     return velocity
 
+
 # ---- Below: the parts of the Mixer
 class Layer(nn.Module):
     """An MLP across the tokens, then one across the channels (Tolstikhin 2021).
 
     forward: (B,S,hidden) -> the same
     """
+
     def __init__(self, S, hidden, token_hidden, channel_hidden):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden)
@@ -150,11 +175,13 @@ class Layer(nn.Module):
         x = x + self.tokens(y).mT
         return x + self.channels(self.norm2(x))
 
+
 class MLP(nn.Module):
     """Linear, exact GELU, Linear over the last axis.
 
     The second starts at zero, so a layer starts as the identity.
     """
+
     def __init__(self, width, hidden):
         super().__init__()
         self.up = nn.Linear(width, hidden)
@@ -165,8 +192,10 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.down(F.gelu(self.up(x)))
 
+
 class TimeEmbedding(nn.Module):
     """Time t (B,) in [0,1] -> (B,width), in float32: 256 sinusoids of scale * t, then an MLP."""
+
     def __init__(self, width, scale):
         super().__init__()
         self.scale = scale
@@ -180,11 +209,13 @@ class TimeEmbedding(nn.Module):
             features = torch.cat([angles.cos(), angles.sin()], -1)      # (B,256)
             return self.mlp(features)
 
+
 class CrossAttention(nn.Module):
     """Tokens x (B,S,hidden) attend to text (B,L,C) where mask (B,L) is True -> (B,S,hidden).
 
     It starts at zero, so that text changes nothing at first. Heads are 64 wide.
     """
+
     def __init__(self, hidden, text_width):
         super().__init__()
         self.heads = max(1, hidden // 64)

@@ -711,6 +711,8 @@ class Ranks:
         able = device == "cuda" and torch.cuda.is_bf16_supported(False)
         able = able or device == "cpu" and torch.cpu._is_amx_tile_supported()
         self.dtype = dtype if dtype != "auto" else "bfloat16" if able else "float32"
+        # float32 means float32: by default a GPU rounds what enters a convolution to 11 bits.
+        torch.backends.cudnn.allow_tf32 = False
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))

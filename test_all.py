@@ -436,6 +436,49 @@ def test_imports_go_one_way(file):
     assert [node.lineno for node in imports if node not in tree.body + tried] == []
 
 
+@pytest.mark.parametrize("file", sorted(HERE.glob("docs/*.py")))
+def test_lines_of_docs_are_short(file):
+    """Lines of the scripts in docs/ are at most 100 characters long."""
+    lines = file.read_text().splitlines()
+    assert [i for i, line in enumerate(lines, 1) if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("file", [*SOURCES, "docs/diagram.py"])
+def test_blank_lines_between_definitions(file):
+    """Two blank lines stand between definitions at the top of a file, one between methods."""
+    text = (HERE / file).read_text()
+    lines = text.splitlines()
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    wanted = []
+    for node in ast.parse(text).body:
+        if isinstance(node, kinds):
+            wanted.append((node.lineno, 2))
+        if isinstance(node, ast.ClassDef):
+            wanted += [(method.lineno, 1) for method in node.body if isinstance(method, kinds)]
+
+    wrong = []
+    for number, count in wanted:
+        above = lines[: number - 1]
+        # Decorators and comments above a definition belong to it.
+        while above[-1].strip().startswith(("@", "#")):
+            above.pop()
+        blank = 0
+        while not above[-1].strip():
+            above.pop()
+            blank += 1
+        if blank != count:
+            wrong.append(number)
+    assert wrong == []
+
+
+def test_the_errors_of_all_files_are_value_errors():
+    """The UserError of each file that works alone is a ValueError, and says so."""
+    for module in (tok, dec, mix, fid):
+        assert module.UserError.__module__ == module.__name__
+        assert issubclass(module.UserError, ValueError)
+        assert "ValueError" in module.UserError.__doc__
+
+
 # ---- tokenizer.py: the read tokens, resizing, losses
 @pytest.mark.parametrize("token, positions", [("cls", [0]), ("reg", [2]), ("all", [0, 1, 2])])
 def test_only_the_read_tokens_are_trained(token, positions):
@@ -749,6 +792,30 @@ def test_gaussian_flow_has_the_right_end(m=1.5, s=0.3):
     assert torch.allclose(dec.euler(velocity, n, 2000), m + s * n, atol=5e-3)
 
 
+@torch.no_grad()
+def test_sampling_reads_nothing_from_the_device():
+    """Sampling reads no number from the device, for which it would have to wait.
+
+    A fake tensor raises where its number is read."""
+    with FakeTensorMode():
+        m = mix.Mixer(K=1, D=16, hidden=32, depth=2, num_classes=5)
+        d = dec.Decoder(3, 16, token_dim=16, predict="data", **TINY)
+        labels = torch.zeros(2, dtype=torch.long)
+        z = dec.euler(mix.guided(m, labels), torch.randn(2, 1, 16), 10)
+        x = dec.euler(lambda x_t, t: d(x_t, t, z), torch.randn(2, 3, 16, 16), 10)
+    assert x.shape == (2, 3, 16, 16)
+
+    # The time itself stays on the CPU, wherever the flow is.
+    places = []
+
+    def velocity(x, t):
+        places.append((t.device.type, t.shape))
+        return x * t
+
+    assert dec.euler(velocity, torch.zeros(2, device="meta"), 3).device.type == "meta"
+    assert places == [("cpu", ())] * 3
+
+
 # ---- decoder.py: the decoder
 def test_fourier_features_read_the_time_of_the_paper():
     """The condition of a time t is sqrt(2) [cos(2 pi f t), sin(2 pi f t)], t=0 being the noise.
@@ -904,7 +971,36 @@ def test_checkpointing_gives_the_same_gradients():
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*gradients))
 
 
+@pytest.mark.parametrize("steps", [1, 10, 100, 150, 1000])
+def test_data_prediction_ends_on_the_prediction(steps):
+    """However many Euler steps there are, the last one leads onto the predicted picture."""
+    d = dec.Decoder(3, 16, token_dim=24, predict="data", t_max=0.9, **TINY)
+    end = torch.linspace(-3, 3, 3 * 16 * 16).view(1, 3, 16, 16)
+    d.patch_out.register_forward_hook(lambda *_: dec.to_patches(end, 4))
+    noise = torch.randn(1, 3, 16, 16)
+    z = torch.randn(1, 1, 24)
+    with torch.no_grad():
+        near(dec.euler(lambda x_t, t: d(x_t, t, z), noise, steps), end, 1e-5)
+
+
 # ---- decoder.py: the VAE
+def test_the_vae_works_on_few_images_at_a_time(monkeypatch):
+    """The VAE gives the same for many images, of which no more than PASS are inside it at once."""
+    vae = dec.VAE((32, 32, 32)).eval()
+    sizes = []
+    for net in (vae.encoder, vae.decoder):
+        net.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    x = torch.rand(37, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        mean, logvar = vae.posterior(x)
+        images = vae.decode(mean)
+        monkeypatch.setattr(dec.VAE, "PASS", 64)
+        near(mean, vae.posterior(x)[0], 1e-4)
+        near(logvar, vae.posterior(x)[1], 1e-4)
+        near(images, vae.decode(mean), 1e-4)
+    assert sizes == [16, 16, 5] * 2 + [37] * 3
+
+
 # The seeds of the figures go by the names in CompVis's own code, which gave them.
 COMPVIS = [
     (r"down_blocks.(\d)", r"down.\1"),
@@ -1077,6 +1173,81 @@ def test_cross_attention_against_torch():
         ref.out_proj.load_state_dict(c.out.state_dict())
     want, _ = ref(c.q(c.norm(x)), kv[..., :128], kv[..., 128:], key_padding_mask=~mask)
     assert torch.allclose(c(x, text, mask), want, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_time_may_be_one_number_of_any_shape():
+    """Decoder, Mixer and guidance take a time of the shape (), (1,) or (B,) alike."""
+    m = busy(mix.Mixer(K=1, D=8, hidden=16, depth=2, num_classes=5))
+    d = busy(dec.Decoder(3, 16, token_dim=8, predict="data", **TINY))
+    z = torch.randn(2, 1, 8)
+    x = torch.randn(2, 3, 16, 16)
+    labels = torch.tensor([0, 4])
+    one_number = torch.tensor(0.7)
+    for t in (one_number[None], one_number.expand(2)):
+        near(m(z, one_number, labels), m(z, t, labels), 1e-5)
+        near(d(x, one_number, z), d(x, t, z), 1e-4)
+        guided = mix.guided(m, labels, scale=2.0, interval=(0.1, 0.7))
+        near(guided(z, one_number), guided(z, one_number[None]), 1e-5)
+
+
+def sampled_directions(hidden, bottleneck=None, D=16, steps=400):
+    """Trains a Mixer on Gaussian tokens of a known covariance, which has full rank.
+
+    bottleneck: the Mixer's last layer reads so few numbers. Returns, for each of the D
+    eigen-directions of the covariance, the variance of the samples divided by that of the data; and
+    the D eigenvalues, ascending, of the covariance of (sample - starting noise).
+    """
+    torch.manual_seed(0)
+    # As in normalised tokens, the mean of all variances is 1.
+    variances = torch.tensor([0.2] * 10 + [1.0] * 2 + [3.0] * 4)
+    directions, _ = torch.linalg.qr(torch.randn(D, D))                  # its columns
+    mixer = mix.Mixer(K=1, D=D, hidden=hidden, depth=1, num_classes=0)
+    if bottleneck:
+        # What a Mixer of this width ends with, which would be refused.
+        mixer.norm = nn.Sequential(nn.Linear(hidden, bottleneck), nn.LayerNorm(bottleneck))
+        mixer.proj_out = nn.Linear(bottleneck, D)
+
+    optimizer = torch.optim.Adam(mixer.parameters())
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
+        z = (torch.randn(256, 1, D) * variances.sqrt()) @ directions.T
+        noise = torch.randn(256, 1, D)
+        t = torch.rand(256)
+        s = t[:, None, None]
+        loss = (mixer((1 - s) * noise + s * z, t) - (z - noise)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    with torch.no_grad():
+        noise = torch.randn(8000, 1, D)
+        samples = dec.euler(mixer, noise, 50)
+    ratios = (samples[:, 0] @ directions).var(0) / variances
+    moves = torch.linalg.eigvalsh((samples - noise)[:, 0].double().T.cov())
+    return ratios, moves
+
+
+def test_a_mixer_has_to_be_as_wide_as_a_token():
+    """Wider than a token, its samples have the variance of the data in every direction.
+
+    As wide as a token, it adds a constant to the noise in one direction, because of its last norm;
+    half as wide, in more than half of the directions. A narrower one than a token is refused.
+    """
+    ratios, moves = sampled_directions(hidden=24)
+    assert 0.7 < ratios.min() and ratios.max() < 1.4, ratios
+    assert moves[0] > 1e-4
+
+    ratios, moves = sampled_directions(hidden=16)
+    assert (moves < 1e-9).sum() == 1, moves
+
+    ratios, moves = sampled_directions(hidden=16, bottleneck=8)
+    assert (moves < 1e-9).sum() == 9, moves
+    assert (ratios > 2).sum() >= 4, ratios
+
+    mix.Mixer(K=1, D=16, hidden=16, depth=1)
+    with pytest.raises(ValueError, match="width 15 cannot generate tokens of width 16; give "):
+        mix.Mixer(K=1, D=16, hidden=15, depth=1)
 
 
 # ---- train_stage1.py: the shapes that it draws
@@ -1929,15 +2100,13 @@ def test_tokens_are_those_of_the_trained_tokenizer(trained, tmp_path):
     assert np.array_equal(np.load(tmp_path / "out" / "tokens.npy"), tokens)
 
 
-def test_a_mixer_is_at_least_as_wide_as_a_token():
-    """Mixers of all sizes are at least as wide as DINOv2's tokens, or are widened to them.
-
-    The rank of what leaves a narrower one is less than the token's width."""
+def test_every_size_has_a_mixer_wider_than_a_token():
+    """Mixers of all sizes are wider than DINOv2's tokens; nano's is widened."""
     for size in one.SIZES:
         args = argparse.Namespace(size=size, channel_expansion=4)
         with torch.device("meta"):
             mixer = two.new_mixer(args, 1, 768, 10)
-        assert mixer.proj_out.weight.shape[1] >= 768, size
+        assert mixer.proj_out.weight.shape[1] > 768, size
         assert mixer.layers[0].channels.up.weight.shape[0] == 4 * mixer.config["hidden"]
 
 
@@ -2547,6 +2716,23 @@ def test_frechet_closed_forms():
         refuses("finite and of one size", fid.frechet_distance, mu, cov, *other)
 
 
+def test_scores_are_taken_in_whole_float32():
+    """TF32 and autocast are off within Inception and LPIPS, and on again behind them."""
+    seen = []
+
+    def look(module, inputs, output):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu")))
+
+    net = fid.Inception("tf1").eval()
+    net.Conv2d_1a_3x3.conv.register_forward_hook(look)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            features = net(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+            look(None, None, None)
+    assert features.dtype == torch.float32
+    assert seen == [(False, False), (True, True)]
+
+
 # ---- fid.py: pairs
 def test_psnr_ssim_and_rounding():
     """PSNR and SSIM have their closed forms, SSIM also that of scipy's filter; pixels are rounded.
@@ -3080,6 +3266,13 @@ def test_fid_bad_input(tmp_path, inception, capsys, monkeypatch):
         assert words in refusal("fid.py", line.split(), capsys), line
 
 
+def test_statistics_are_saved_under_a_name_that_is_read_as_statistics(tmp_path, capsys):
+    """--save-stats takes a name in .npz, by which fid.py knows statistics later."""
+    folder = save_tree(tmp_path / "a", [(16, 16)] * 2)
+    said = refusal("fid.py", [folder, "--save-stats", tmp_path / "stats"], capsys)
+    assert "stats: the name must end in .npz" in said
+
+
 # ---- Files of others: nothing in them runs, and a wrong one is named in one sentence
 READERS = [tok.load_encoder, tok.load_text_encoder, dec.load_vae, fid.load_inception, RepTok.load]
 
@@ -3339,6 +3532,17 @@ def test_wrong_files_are_named_in_one_sentence(read, tmp_path, monkeypatch):
     refuses(r"2\.(6|10) or newer", read, path)  # all rely on weights_only, which ran code before
 
 
+@pytest.mark.parametrize("read", [tok.load_encoder, dec.load_vae, fid.load_inception])
+def test_files_are_read_by_a_torch_that_runs_nothing_in_them(read, tmp_path, monkeypatch):
+    """Weight files are read only by a torch that runs nothing in them.
+
+    Before 2.10, weights_only=True could run code of a file (CVE-2026-24747)."""
+    torch.save({}, tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1"))
+    with pytest.raises(ValueError, match="install torch 2.10 or newer"):
+        read(tmp_path / "a.pth")
+
+
 # ---- README.md and docs/
 PAGES = {
     page: page.read_text() for page in (HERE / "README.md", *sorted((HERE / "docs").glob("*.md")))
@@ -3584,3 +3788,11 @@ def test_colours_and_area_are_read_from_a_picture():
         assert np.abs(ground - plan.ground).max() < 1 and np.abs(ink - plan.ink).max() < 60, plan
         if plan.shape == "circle":
             assert abs(area / 256 - np.pi * plan.size**2) < 0.02
+
+
+def test_the_diagram_is_what_its_script_draws(tmp_path):
+    """docs/diagram.svg is what docs/diagram.py draws."""
+    shutil.copy(HERE / "docs" / "diagram.py", tmp_path)
+    subprocess.run([sys.executable, tmp_path / "diagram.py"], check=True)
+    drawn = (tmp_path / "diagram.svg").read_bytes()
+    assert drawn == (HERE / "docs" / "diagram.svg").read_bytes()

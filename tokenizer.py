@@ -30,7 +30,11 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 
 
 class UserError(ValueError):
-    """An error that the user can correct: one sentence that names the file or option."""
+    """An error that the user can correct: one sentence that names the file or the option.
+
+    tokenizer.py, decoder.py, mixer.py and fid.py each work alone and have a UserError each. They
+    share ValueError: code that uses several of the files catches that.
+    """
 
 
 class Attention(nn.Module):
@@ -105,7 +109,8 @@ class ViT(nn.Module):
     """Vision transformer (Dosovitskiy 2021), as in DINOv2 (Oquab, Darcet 2023), MAE and CLIP.
 
     Normalised images (B,3,H,W) -> (B,1+R+N,D): class token, registers, patches. H and W must be
-    multiples of `patch`, or UserError is raised. Its tensors have the names of DINOv2's files.
+    multiples of `patch`, or UserError, a ValueError, is raised. Its tensors have the names of
+    DINOv2's files.
 
     grid:       the position embedding is made for grid x grid patches
     position:   how it is resized to others: "offset" (DINOv2 without registers), else "size"
@@ -195,7 +200,9 @@ class Tokenizer(nn.Module):
     unfreeze:  what is trained: "token", their embedding (as in the paper), "none", or "all", the
                whole ViT except the class token and registers that it no longer reads
 
-    Raises UserError where the ViT does not have the registers that `token` asks for.
+    Images are in [-1,1]. Others, such as 0 to 255, give wrong tokens, and nothing here notices it.
+
+    Raises UserError, a ValueError, where the ViT lacks the registers that `token` asks for.
     """
 
     def __init__(self, vit, token="cls", reg_index=0, unfreeze="token"):
@@ -235,7 +242,10 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def z0(self, images):
-        """The target of Eq. 3: the tokens of the ViT as it was, without gradient, (B,K,D)."""
+        """The target of Eq. 3: the tokens of the ViT as it was, without gradient.
+
+        Images (B,3,H,W) in [-1,1], of any size -> (B,K,D).
+        """
         vit = self.vit if self.original is None else self.original
         return vit(self.normalise(images))[:, self.positions].contiguous()
 
@@ -496,7 +506,8 @@ CLIP_IMAGE = [
     ("embeddings.class_embedding", "cls_token"),
     ("embeddings.position_embedding.weight", "pos_embed"),
     ("embeddings.patch_embedding.", "patch_embed.proj."),
-    ("pre_layrnorm.", "norm_pre."),  # so spelt in the files
+    # So spelt in the files.
+    ("pre_layrnorm.", "norm_pre."),
     ("post_layernorm.", "norm."),
     *CLIP_BLOCK]
 CLIP_TEXT = [
@@ -696,7 +707,8 @@ class BPE:
 
         self.start = len(ids)
         self.end = len(ids) + 1
-        self.size = len(ids) + 2  # 49408 for CLIP
+        # For CLIP, 49408.
+        self.size = len(ids) + 2
         # The ids of all words met so far.
         self.words = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}
 

@@ -42,14 +42,14 @@ from sample import Pictures, Ranks, RepTok, load_checkpoint, number, save_checkp
 from tokenizer import Tokenizer, UserError, ViT, cosine_loss
 
 # The networks of each size. All but nano work on 256 pixels, in SD-VAE latents, with a
-# published encoder. A Mixer must be as wide as a token, 768 numbers with these encoders.
+# published encoder. A Mixer must be wider than a token, of 768 numbers with these encoders.
 SIZES = {
     "nano": {
         "decoder": dict(width=128, depth=4, heads=4, patch=4, mapping=128, learned_positions=True),
         "mixer": dict(hidden=192, depth=3),
     },
-    "S": {"decoder": dict(width=384, depth=12, heads=6), "mixer": dict(hidden=768, depth=12)},
-    "B": {"decoder": dict(width=768, depth=12, heads=12), "mixer": dict(hidden=768, depth=16)},
+    "S": {"decoder": dict(width=384, depth=12, heads=6), "mixer": dict(hidden=896, depth=12)},
+    "B": {"decoder": dict(width=768, depth=12, heads=12), "mixer": dict(hidden=896, depth=16)},
     "L": {"decoder": dict(width=1024, depth=24, heads=16), "mixer": dict(hidden=1024, depth=24)},
     "XL": {"decoder": dict(width=1152, depth=28, heads=16), "mixer": dict(hidden=1280, depth=28)},
 }

@@ -199,10 +199,10 @@ def build(model, args, about, texts, ranks):
 
 
 def new_mixer(args, K, D, num_classes, text_width=0):
-    """The Mixer of this size, untrained. It is at least as wide as a token: a narrower one could
-    not put out a velocity in every direction, and starting noise would stay in the samples."""
+    """The Mixer of this size, untrained. It is wider than a token: a narrower one could not put out
+    a velocity in every direction, and starting noise would stay in the samples."""
     shape = SIZES[args.size]["mixer"]
-    hidden = max(shape["hidden"], D)
+    hidden = max(shape["hidden"], D + 64)
     return Mixer(
         K,
         D,
