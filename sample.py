@@ -52,6 +52,7 @@ from tqdm import tqdm
 
 import decoder as dec
 import fid
+import mixer as mix
 import tokenizer as tok
 from mixer import Mixer, guided
 from tokenizer import ClipText, TextTower, Tokenizer, UserError, ViT, WordEncoder
@@ -609,7 +610,7 @@ def number(low, high=math.inf, kind=float):
 
 whole = functools.partial(number, high=2**31, kind=int)
 # Each file that can be copied alone has its own.
-ERRORS = (tok.UserError, dec.UserError, fid.UserError)
+ERRORS = (tok.UserError, dec.UserError, mix.UserError, fid.UserError)
 
 
 INTERRUPTED = 130  # the status by which a shell knows that a command was interrupted

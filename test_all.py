@@ -2730,6 +2730,9 @@ def test_scores_are_taken_in_whole_float32():
             features = net(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
             look(None, None, None)
     assert features.dtype == torch.float32
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        sample.Ranks("cpu")
+        assert not torch.backends.cudnn.allow_tf32  # the trainers and sample.py
     assert seen == [(False, False), (True, True)]
 
 
