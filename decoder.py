@@ -45,7 +45,7 @@ def euler(velocity, x, steps):
     t is a tensor of one number, of the shape (). Returns the data, shaped like x.
     """
     for i in range(steps):
-        # On the CPU, where a velocity may compare it without waiting for the device.
+        # t is made on the CPU: `guided` compares it, and would wait for a device.
         t = torch.tensor(i / steps)
         x = x + velocity(x, t) / steps
     return x
@@ -69,8 +69,8 @@ class Decoder(nn.Module):
     learned_positions  whether each patch gets a learned vector, besides RoPE
     predict            what the network puts out: "velocity", as in the paper, or "data", from which
                        the velocity is computed (Li, He 2025)
-    t_max              the largest time that the network is told; the trainer sets it from its
-                       distribution of t
+    t_max              the largest time that the network is told; it was hardly trained at later
+                       ones
 
     Raises UserError, a ValueError, where `size` is no multiple of `patch`, and a plain ValueError
     on other settings that do not fit together.
@@ -129,7 +129,9 @@ class Decoder(nn.Module):
         self.zero_init()
 
     def zero_init(self):
-        """At the start the output is 0, blocks are the identity, and z that fits is unchanged."""
+        """At the start the last layer puts out 0, every block is the identity, and a single token
+        that is no wider than the decoder enters as it is.
+        """
         nn.init.zeros_(self.patch_out.weight)
         for block in self.blocks:
             nn.init.zeros_(block.attn.out_proj.weight)
@@ -371,10 +373,10 @@ class VAE(nn.Module):
 
     widths: channels inside, a level each; every level but the last halves H and W. channels: C of
     the latents. scale: a latent is `scale` times a sample of the posterior, about of variance 1.
-    However many images there are, PASS of them at a time are worked on: at 256 pixels an image
-    takes 160 MB of memory inside, many times more than all that is kept of it.
+    `posterior` and `decode` work on AT_ONCE images at a time: inside, an image of 256 pixels takes
+    160 MB of memory.
     """
-    PASS = 16
+    AT_ONCE = 16
 
     def __init__(self, widths=(128, 256, 512, 512), channels=4, scale=0.18215):
         super().__init__()
@@ -393,7 +395,7 @@ class VAE(nn.Module):
 
         The log-variance is kept within [-30,20].
         """
-        parts = [self.quant_conv(self.encoder(part)) for part in x.split(self.PASS)]
+        parts = [self.quant_conv(self.encoder(part)) for part in x.split(self.AT_ONCE)]
         mean, logvar = torch.cat(parts).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
@@ -403,7 +405,7 @@ class VAE(nn.Module):
 
     def decode(self, latents):
         """Latents (B,C,h,w) -> images (B,3,8h,8w), about in [-1,1], not clamped."""
-        parts = (latents / self.scale).split(self.PASS)
+        parts = (latents / self.scale).split(self.AT_ONCE)
         return torch.cat([self.decoder(self.post_quant_conv(part)) for part in parts])
 
 

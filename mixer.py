@@ -43,11 +43,11 @@ class Mixer(nn.Module):
     token_hidden    width of the MLPs across tokens; by default 2 S (the paper: "expansion 2")
     channel_hidden  width of the MLPs across channels; by default 4 hidden (the paper: "4")
     time_scale      factor of t before the sinusoids, which were made for times up to 1000
-    text_width      C; None: there is no text. A mask that is all False means "no text"
+    text_width      C; None or 0: there is no text. A mask that is all False means "no text"
 
-    Raises UserError, a ValueError, where `hidden` is smaller than D: the velocity is a linear map
-    of `hidden` numbers whose sum the last norm fixes, so that it moves a token in hidden - 1
-    directions. In all others the starting noise stays; where hidden = D, that is one of D.
+    Raises UserError, a ValueError, where `hidden` is smaller than D. The velocity is a linear map
+    of `hidden` numbers, so it moves a token in no more than so many directions, and in all others
+    the starting noise would stay. The last norm takes one direction more: choose more than D.
     """
 
     def __init__(self, K=1, D=768, hidden=1280, depth=28, num_classes=1000, token_hidden=None,
@@ -55,7 +55,7 @@ class Mixer(nn.Module):
         super().__init__()
         if hidden < D:
             raise UserError(f"a Mixer of width {hidden} cannot generate tokens of width {D}; "
-                            f"give hidden={D} or more, or another --size")
+                            f"give hidden={D + 1} or more")
 
         S = K + 1
         if num_classes:

@@ -40,7 +40,8 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has none: there two runs in one folder are not noticed
+except ImportError:
+    # Windows has none: there two runs in one folder are not noticed.
     fcntl = None
 
 import numpy as np
@@ -88,7 +89,9 @@ class RepTok(nn.Module):
         self.released = released
         self.pixels = decoder.config["size"] * vae.factor
 
-    device = property(lambda self: self.decoder.freqs.device)
+    @property
+    def device(self):
+        return self.decoder.freqs.device
 
     @classmethod
     def load(cls, path, device="cpu"):
@@ -103,18 +106,20 @@ class RepTok(nn.Module):
         """The networks of a checkpoint of ours, with their averaged (EMA) or their last weights.
         Raises UserError."""
         try:
-            names = [
-                name for name in ("tokenizer", "decoder", "vae", "mixer", "text") if name in content
-            ]
-            states = {name: dict(content[name]["state"]) for name in names}
-            for name, average in content.get("ema", {}).items() if averaged else ():
-                network, name = name.split(".", 1)
-                states[network][name] = average
-            if "t_max" not in content["decoder"]["config"]:  # older decoders ran time the other way
+            # Decoders without t_max are older: they ran time the other way.
+            if "t_max" not in content["decoder"]["config"]:
                 raise KeyError("t_max")
-            networks = {name: new_network(name, content[name]["config"]) for name in names}
-            for name in names:
-                tok.fit(networks[name], states[name], path, f"a {name}")
+            networks = {}
+            for part in ("tokenizer", "decoder", "vae", "mixer", "text"):
+                if part not in content:
+                    continue
+                state = dict(content[part]["state"])
+                if averaged:
+                    for name, average in content.get("ema", {}).items():
+                        if name.startswith(f"{part}."):
+                            state[name.removeprefix(f"{part}.")] = average
+                network = new_network(part, content[part]["config"])
+                networks[part] = tok.fit(network, state, path, f"a {part}")
             return cls(
                 **networks,
                 **content["statistics"],
@@ -144,12 +149,18 @@ class RepTok(nn.Module):
         """Where the decoder's flow starts, (B,C,size,size), or the Mixer's, (B,K,D): one seed a
         picture. The Mixer adds 2**31 to its seeds, so that its noise is independent of the
         decoder's, as in training."""
-        size = self.decoder.config["size"]
-        shape = (
-            (self.mixer.K, self.mixer.D) if mixer else (self.decoder.config["channels"], size, size)
-        )
-        draws = [torch.Generator().manual_seed(seed + 2**31 * mixer) for seed in seeds]
-        return torch.stack([torch.randn(shape, generator=draw) for draw in draws]).to(self.device)
+        if mixer:
+            shape = (self.mixer.K, self.mixer.D)
+            offset = 2**31
+        else:
+            side = self.decoder.config["size"]
+            shape = (self.decoder.config["channels"], side, side)
+            offset = 0
+        noise = []
+        for seed in seeds:
+            random = torch.Generator().manual_seed(seed + offset)
+            noise.append(torch.randn(shape, generator=random))
+        return torch.stack(noise).to(self.device)
 
     @torch.no_grad()
     def encode(self, images):
@@ -218,7 +229,8 @@ class RepTok(nn.Module):
             raise UserError("say which classes: generate(labels), a tensor (B,) of their numbers")
         count = len(given[0])
         if not self.mixer.num_classes:
-            labels = None  # they only gave the number of pictures
+            # They only gave the number of pictures.
+            labels = None
         if noise is None:
             noise = self.noise(range(count), mixer=True)            # (B,K,D)
 
@@ -237,24 +249,26 @@ def new_network(name, config):
     weights come."""
     if name == "tokenizer":
         return Tokenizer(
-            ViT(**config["vit"]), config["token"], config["reg_index"], config["unfreeze"]
+            ViT(**config["vit"]), config["token"], config["unfreeze"]
         )
     if name == "text" and "vocabulary" in config:
         return ClipText(TextTower(**config["tower"]), bytes(config["vocabulary"].tolist()))
     if name == "vae" and not config:
         return dec.PixelSpace()
+    kinds = {"decoder": dec.Decoder, "vae": dec.VAE, "mixer": Mixer, "text": WordEncoder}
     with torch.device("meta"):
-        return {"decoder": dec.Decoder, "vae": dec.VAE, "mixer": Mixer, "text": WordEncoder}[name](
-            **config
-        )
+        return kinds[name](**config)
 
 
 def load_checkpoint(path, kinds):
     """The content of a checkpoint of one of these kinds. Raises UserError."""
     content = tok.read_file(path)
-    kind = content.get(
-        "kind", "the authors' RepTok" if "state_dict" in content else "something else"
-    )
+    if "kind" in content:
+        kind = content["kind"]
+    elif "state_dict" in content:
+        kind = "the authors' RepTok"
+    else:
+        kind = "something else"
     if kind not in kinds:
         raise UserError(
             f"{path}: expected a checkpoint of {' or '.join(kinds)}, found {kind}; give another"
@@ -368,7 +382,8 @@ class Pictures(torch.utils.data.Dataset):
             return load_picture(io.BytesIO(data), self.pixels)
 
     def __getitem__(self, i):
-        for j in [*range(i, len(self)), *range(i)]:
+        for further in range(len(self)):
+            j = (i + further) % len(self)
             if j in self.kept:
                 return self.kept[j], j
             try:
@@ -436,17 +451,17 @@ def compute_once(paths, compute, pictures, ranks, flip=False, workers=0):
     of the pictures that were read, (N,) long. Raises UserError where a value does not fit into
     float16."""
     N = len(pictures)
-    parts = [path.with_name(path.name + ".part") for path in paths]
+    unfinished = [path.with_name(path.name + ".part") for path in paths]
     with ranks.autocast():
         blank = torch.zeros(1, 3, pictures.pixels, pictures.pixels, device=ranks.device)
         shapes = [(N, 1 + flip, *values.shape[1:]) for values in compute(blank)]
     if ranks.main:
-        for part, shape in zip(parts, shapes):
-            reserve(part, shape)
+        for path, shape in zip(unfinished, shapes):
+            reserve(path, shape)
     ranks.barrier()
-    if not all(part.exists() for part in parts):
+    if not all(path.exists() for path in unfinished):
         raise UserError(
-            f"{parts[0]}: not on this machine's disk; give --out on a disk that all machines share"
+            f"{unfinished[0]}: not on this machine's disk; give --out on a disk that all share"
         )
 
     # Rounding differs between batch sizes: 64 pictures are one pass, whatever the number of
@@ -465,38 +480,41 @@ def compute_once(paths, compute, pictures, ranks, flip=False, workers=0):
         batches = load_batches(pictures, chunks, ranks.device, workers)
         for chunk, (images, numbers, _) in zip(chunks, batches):
             with ranks.autocast():
-                views = [compute(images)]
+                outputs = compute(images)
+                mirrored = compute(images.flip(-1)) if flip else None
+            for k, path in enumerate(unfinished):
+                views = [outputs[k]]
                 if flip:
-                    views.append(compute(images.flip(-1)))
-            for part, *values in zip(parts, *views):
-                values = torch.stack(values, 1).to(torch.float16)   # (b,V,...)
-                if not values.isfinite().all():
+                    views.append(mirrored[k])
+                rows = torch.stack(views, 1).to(torch.float16)      # (b,V,...)
+                if not rows.isfinite().all():
                     raise UserError(
-                        f"{part}: the networks' values are not finite or beyond float16; "
+                        f"{path}: the networks' values are not finite or beyond float16; "
                         "check their weights"
                     )
-                write_rows(part, chunk[0], values.cpu().numpy())
+                write_rows(path, chunk[0], rows.cpu().numpy())
             read[chunk] = numbers
             bar.update(len(chunk))
 
-    read = ranks.sum(read)  # each process has filled in its own
+    # Each process has filled in its own.
+    read = ranks.sum(read)
     if ranks.main:
-        for part, path in zip(parts, paths):
-            rows = np.load(part, mmap_mode="r")
+        for path, finished in zip(unfinished, paths):
+            rows = np.load(path, mmap_mode="r")
             # reserve() left NaN, which no process writes.
             if np.isnan(rows.reshape(N, -1)[:, 0]).any():
                 raise UserError(
-                    f"{part}: what other processes wrote is missing; give --out on a disk that "
+                    f"{path}: what other processes wrote is missing; give --out on a disk that "
                     "keeps what several machines write"
                 )
-            os.replace(part, path)
+            os.replace(path, finished)
     ranks.barrier()
     return read
 
 
 def reserve(path, shape):
-    """A .npy of this shape, float16, full of NaN. So it takes its place on the disk now, not when a
-    mapped file is written, where a full disk would kill the process. Raises OSError."""
+    """A .npy of this shape, float16, full of NaN. Writing it takes the place on the disk now: a
+    full disk raises OSError here. It would kill a process that writes into a mapped file."""
     row = np.full(shape[1:], np.nan, np.float16).tobytes()
     try:
         with open(path, "wb") as file:
@@ -518,11 +536,12 @@ def write_rows(path, first, rows):
 
 
 def write_tokens(folder, model, pictures, ranks, flip=False, workers=0):
-    """Encode every picture once, the last that is done with pictures: stage 2 reads only FOLDER's
+    """Encode every picture once. After this no picture is opened: stage 2 reads only FOLDER's
     tokens.npy, float16 (N,V,K,D), and tokens.pt, which says what they are. Raises UserError."""
     about = Path(folder, "tokens.pt")
     if ranks.main:
-        about.unlink(missing_ok=True)  # from here on there are no tokens, until all are done
+        # From here on there are no tokens, until all are done.
+        about.unlink(missing_ok=True)
     path = Path(folder, "tokens.npy")
     read = compute_once(
         [path], lambda images: [model.tokenizer(images)], pictures, ranks, flip, workers
@@ -582,14 +601,25 @@ class Parser(argparse.ArgumentParser):
             add_help=False,
         )
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-        self.section = self  # of --help, in which the next options stand
+        # The section of --help in which the next options stand.
+        self.section = self
 
     def add(self, name, default=None, help="", **kwargs):
         """add_argument with the default in the help text."""
-        shown = "" if default is None or default is False else f" (default: {default})"
-        word = "N" if "type" in kwargs else "FILE" if "nargs" in kwargs else name[2:].upper()
-        value = {} if "action" in kwargs else {"metavar": "|".join(kwargs.get("choices", [word]))}
-        self.section.add_argument(name, default=default, help=help + shown, **{**value, **kwargs})
+        if default is not None and default is not False:
+            help += f" (default: {default})"
+        # The word that stands for the value in --help.
+        if "choices" in kwargs:
+            metavar = "|".join(kwargs["choices"])
+        elif "type" in kwargs:
+            metavar = "N"
+        elif "nargs" in kwargs:
+            metavar = "FILE"
+        else:
+            metavar = name.removeprefix("--").upper()
+        if "action" not in kwargs:
+            kwargs.setdefault("metavar", metavar)
+        self.section.add_argument(name, default=default, help=help, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message}; see --help")
@@ -613,7 +643,8 @@ whole = functools.partial(number, high=2**31, kind=int)
 ERRORS = (tok.UserError, dec.UserError, mix.UserError, fid.UserError)
 
 
-INTERRUPTED = 130  # the status by which a shell knows that a command was interrupted
+# The status by which a shell knows that a command was interrupted.
+INTERRUPTED = 130
 
 
 def guarded(main, less_memory="use a smaller --batch"):
@@ -645,7 +676,8 @@ def refuse(error, less_memory):
             raise error
         place = error.filename or "the disk"
         message = f"{place}: {error.strerror}; make room, or give another path"
-    for bar in list(getattr(tqdm, "_instances", ())):  # the sentence gets a line of its own
+    # The sentence gets a line of its own.
+    for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     rank = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""
     sentence = fid.printable(" ".join(message.split()))
@@ -681,6 +713,16 @@ class Output:
             os.dup2(nowhere, self.stream.fileno())
 
 
+def best_dtype(device):
+    """What --dtype auto means: bfloat16 where a device has matrix instructions for it."""
+    able = False
+    if device == "cuda":
+        able = torch.cuda.is_bf16_supported(False)
+    if device == "cpu":
+        able = torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if able else "float32"
+
+
 class Ranks:
     """One process, or one of many under torchrun: .rank, .world, .main, .device, .dtype, and what
     they do together. Raises UserError where the device is missing, or where `batch` cannot be cut
@@ -709,9 +751,7 @@ class Ranks:
         self.device = torch.device(device, local)
         if device == "cuda":
             torch.cuda.set_device(self.device)
-        able = device == "cuda" and torch.cuda.is_bf16_supported(False)
-        able = able or device == "cpu" and torch.cpu._is_amx_tile_supported()
-        self.dtype = dtype if dtype != "auto" else "bfloat16" if able else "float32"
+        self.dtype = best_dtype(device) if dtype == "auto" else dtype
         # float32 means float32: by default a GPU rounds what enters a convolution to 11 bits.
         torch.backends.cudnn.allow_tf32 = False
         if self.world > 1 and not dist.is_initialized():
@@ -719,8 +759,7 @@ class Ranks:
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
 
     def autocast(self):
-        """The context of --dtype; auto takes bfloat16 where the device has matrix instructions for
-        it."""
+        """The context of --dtype."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
     def sum(self, x):
@@ -931,7 +970,7 @@ def draw(model, args):
     UserError."""
     names = ""
     if args.interpolate:
-        places = [place for source in args.interpolate for place in places_of([source])[:1]]
+        places = [places_of([source])[0] for source in args.interpolate]
         images = to_float(read_pictures(places, model.pixels))      # (2,3,S,S)
         z = model.encode(images)                                    # (2,K,D)
         s = torch.linspace(0, 1, 8, device=model.device)[:, None, None]
@@ -1010,15 +1049,21 @@ def requests(model, args):
         return class_numbers(model, args.classes, most=None if args.save else 10)
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("this checkpoint takes text: give --prompt with some words in it")
-    for prompt in prompts if model.text else []:
-        words = model.text.split(prompt)
-        if len(words) > model.text.context:
+    if model.text:
+        warn_of_prompts(model.text, prompts)
+    return prompts
+
+
+def warn_of_prompts(text, prompts):
+    """Print what a text encoder does not read of prompts."""
+    for prompt in prompts:
+        words = text.split(prompt)
+        if len(words) > text.context:
             print(f"--prompt {prompt[:60]!r}... is too long and was cut")
-        if isinstance(model.text, WordEncoder):
-            unknown = [word for word in words if word not in model.text.number]
+        if isinstance(text, WordEncoder):
+            unknown = [word for word in words if word not in text.number]
             if unknown:
                 print(f"--prompt {prompt[:60]!r}: not in the captions of training: {unknown}")
-    return prompts
 
 
 def class_numbers(model, wanted, most):
@@ -1026,7 +1071,8 @@ def class_numbers(model, wanted, most):
     UserError."""
     count = model.mixer.num_classes
     if wanted is None:
-        return list(range(count))[:most] or [0]  # a checkpoint without classes gives one row
+        # A checkpoint without classes gives one row.
+        return list(range(count))[:most] or [0]
     names = model.class_names
     number = {name: i for i, name in enumerate(names)}
     # Where a name is a number, as in folders 1 2 10, numbers are names and nothing else.
@@ -1090,7 +1136,8 @@ def save_reconstructed(model, args, ranks):
         images = model.decode(model.encode(to_float(real)), args.decoder_steps, noise)
         save_files(Path(args.save, "real"), numbers, real)
         save_files(Path(args.save, "reconstructed"), numbers, fid.to_uint8(images))
-    ranks.barrier()  # none leaves before the others are done
+    # None leaves before the others are done.
+    ranks.barrier()
 
 
 def save_generated(model, args, ranks):
@@ -1098,15 +1145,18 @@ def save_generated(model, args, ranks):
     asked = requests(model, args)
     count = args.num or args.per_class * len(asked)
     score = ClipScore(ranks.fetch(args.clip), args.bpe).to(model.device) if args.clip else None
-    total = torch.zeros(2, dtype=torch.float64)  # sum of the cosines, and how many
+    # The sum of the cosines, and how many they are.
+    total = torch.zeros(2, dtype=torch.float64)
     for numbers in my_share(count, ranks, args):
-        wanted = [asked[i % len(asked)] for i in numbers]  # each equally often
+        # Each is taken equally often.
+        wanted = [asked[i % len(asked)] for i in numbers]
         images = fid.to_uint8(
             generate_images(model, wanted, [args.seed + i for i in numbers], args)
         )
         save_files(Path(args.save, "generated"), numbers, images)
         if score:
-            with torch.autocast(model.device.type, enabled=False):  # scores are taken in float32
+            # Scores are taken in float32.
+            with torch.autocast(model.device.type, enabled=False):
                 total += torch.tensor(
                     [score(to_float(images), wanted).sum(), len(numbers)], dtype=torch.float64
                 )
@@ -1125,7 +1175,8 @@ class ClipScore(nn.Module):
     def __init__(self, path, vocabulary):
         super().__init__()
         tensors = tok.read_tensors(path)
-        self.image = Tokenizer(tok.vit_from(tensors, path))  # it normalises as CLIP wants it
+        # It normalises as CLIP wants it.
+        self.image = Tokenizer(tok.vit_from(tensors, path))
         self.text = ClipText(tok.load_text_encoder(path), vocabulary)
         self.register_buffer("projection", tensors["visual_projection.weight"].T.float())
 
@@ -1222,7 +1273,8 @@ def released_decoder(tensors, vae, path):
     tensors = {name: x for name, x in tensors.items() if not name.startswith(DECODER_UNUSED)}
     tensors = renamed(tensors, DECODER)
     for name in list(tensors):
-        if name.endswith("pos_emb.freqs"):  # every block has the frequencies of block 0
+        # Every block has the frequencies of block 0.
+        if name.endswith("pos_emb.freqs"):
             del tensors[name]
     tensors["token_pos"] = tensors["token_pos"].view(1, 1, -1)
     tensors["mapping.in_proj.weight"] = reverse_time(
@@ -1230,7 +1282,8 @@ def released_decoder(tensors, vae, path):
     )
     tensors["patch_out.weight"] = -tensors["patch_out.weight"]
 
-    width, inputs = tensors["patch_in.weight"].shape  # inputs: patch * patch * channels
+    # There are patch * patch * channels inputs.
+    width, inputs = tensors["patch_in.weight"].shape
     numbers = [int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")]
     with torch.device("meta"):
         decoder = dec.Decoder(
@@ -1267,7 +1320,8 @@ def released_mixer(tensors, path):
 
     It is a numbered list: entry 0 projects in, then come the layers, a norm, the projection out.
     """
-    tensors = renamed(tensors, [("_orig_mod.", "")])  # a mark that compilation leaves
+    # Compilation leaves a mark.
+    tensors = renamed(tensors, [("_orig_mod.", "")])
     last = max(int(name.split(".")[1]) for name in tensors if name.startswith("mixer."))
     depth = last - 2
     names = [*MIXER, ("mixer.0.", "proj_in.")]
@@ -1280,7 +1334,8 @@ def released_mixer(tensors, path):
 
     for name, x in tensors.items():
         if name.endswith(("tokens.up.weight", "tokens.down.weight")):
-            tensors[name] = x.squeeze(-1)  # stored as convolutions of kernel size 1
+            # They are stored as convolutions of kernel size 1.
+            tensors[name] = x.squeeze(-1)
     token_hidden, S = tensors["layers.0.tokens.up.weight"].shape
     hidden, D = tensors["proj_in.weight"].shape
     with torch.device("meta"):

@@ -480,10 +480,10 @@ def test_the_errors_of_all_files_are_value_errors():
 
 
 # ---- tokenizer.py: the read tokens, resizing, losses
-@pytest.mark.parametrize("token, positions", [("cls", [0]), ("reg", [2]), ("all", [0, 1, 2])])
+@pytest.mark.parametrize("token, positions", [("cls", [0]), ("reg", [1]), ("all", [0, 1, 2])])
 def test_only_the_read_tokens_are_trained(token, positions):
     """Only the embedding of the read tokens is trained; z starts as z0, and z0 stays as it was."""
-    t, x = tok.Tokenizer(tiny_vit(), token, reg_index=1), torch.rand(3, 3, 20, 17) * 2 - 1
+    t, x = tok.Tokenizer(tiny_vit(), token), torch.rand(3, 3, 20, 17) * 2 - 1
     z = t(x)
     assert z.shape == (3, len(positions), 32) and torch.equal(z, t.z0(x))  # before training z = z0
     (z.square().sum() + tok.cosine_loss(z, torch.randn_like(z)).sum()).backward()
@@ -985,7 +985,7 @@ def test_data_prediction_ends_on_the_prediction(steps):
 
 # ---- decoder.py: the VAE
 def test_the_vae_works_on_few_images_at_a_time(monkeypatch):
-    """The VAE gives the same for many images, of which no more than PASS are inside it at once."""
+    """The VAE gives the same for many images, of which AT_ONCE at most are inside it at a time."""
     vae = dec.VAE((32, 32, 32)).eval()
     sizes = []
     for net in (vae.encoder, vae.decoder):
@@ -994,7 +994,7 @@ def test_the_vae_works_on_few_images_at_a_time(monkeypatch):
     with torch.no_grad():
         mean, logvar = vae.posterior(x)
         images = vae.decode(mean)
-        monkeypatch.setattr(dec.VAE, "PASS", 64)
+        monkeypatch.setattr(dec.VAE, "AT_ONCE", 64)
         near(mean, vae.posterior(x)[0], 1e-4)
         near(logvar, vae.posterior(x)[1], 1e-4)
         near(images, vae.decode(mean), 1e-4)
@@ -1554,7 +1554,7 @@ def test_the_picture_and_the_last_line_of_stage_1(trained, tmp_path, capsys):
         content = RepTok.load(tmp_path / what / "stage1.pt")
         pictures = sample.Pictures(str(trained / "data"), 16)
         # In the order of the run, which fixes their noise.
-        x = one.held_out(pictures, argparse.Namespace(), 100)
+        x = one.to_show(pictures, argparse.Namespace(), 100)
         images = [content.decode(z, 20) for z in (content.encode(x), content.tokenizer.z0(x))]
         for images, figure in zip(images, (said[1], said[2])):
             assert (
@@ -1576,7 +1576,7 @@ def test_what_a_run_says(tmp_path, monkeypatch, capsys):
         for step in range(1, 101):
             now[0] += 40.0
             if step % 20 == 0:
-                log.write(step, loss=1.0, norm=1.0)
+                log.write(step, ("loss",), torch.ones(1), torch.ones(()), 1.0)
         said = capsys.readouterr()
         assert f"size {size}, 100 pictures, 3 classes; 2,100 trained" in said.out
         assert f"pixels {args.pixels}, steps {args.steps}, batch 512, lr {args.lr}," in said.out
@@ -1748,8 +1748,8 @@ def test_cache_is_what_the_networks_give(trained, tmp_path):
             assert error < 1e-3 * value.abs().max()
     args = argparse.Namespace(out=tmp_path, flip=True, dtype="float32", fresh=False)
     vit = tiny_vit()
-    for token, reg in (("cls", 0), ("reg", 0), ("reg", 1)):  # one folder, other tokens
-        model = argparse.Namespace(tokenizer=tok.Tokenizer(vit, token, reg), vae=vae)
+    for token in ("cls", "reg"):  # one folder, other tokens
+        model = argparse.Namespace(tokenizer=tok.Tokenizer(vit, token), vae=vae)
         data = one.cached(pictures, model, args, sample.Ranks("cpu", "float32"), 0)
         _, number, *_, z0 = data[7]
         assert number == 7 and torch.allclose(z0[:1].float(), model.tokenizer.z0(x), atol=5e-3)
@@ -2399,8 +2399,8 @@ BAD = {  # options, with {names} of files, and what the sentence says
         --batch 0: --batch; --lr fast: --lr; --batch 9 --accumulate 2: --batch; --size S: --vae
         --init {stage2} --unfreeze all: --unfreeze
         --encoder {encoder} --pretrain-steps 9: --pretrain-steps
-        --pixels 18 {d}: patches; --encoder {text} {d}: text.png; --registers 4: --registers
-        --token reg --reg-index 4 --encoder {encoder} {d}: --reg-index
+        --pixels 18 {d}: patches; --encoder {text} {d}: text.png
+        --token five: --token
         --encoder random --lam 1: --lam""",
     "train_stage2.py": """--seed 0: stage1.pt; --bpe a: --bpe; --clip a.pt: --captions
         --data {empty}: --data

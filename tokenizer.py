@@ -3,7 +3,7 @@
     vit = load_encoder("dinov2_vitb14_reg4_pretrain.pth")
     tokenizer = Tokenizer(vit)       # only tokenizer.embedding, 768 numbers, takes a gradient
     z = tokenizer(images)            # (B,3,H,W) in [-1,1] -> (B,1,768)
-    loss = 0.1 * cosine_loss(z, tokenizer.z0(images)).mean()
+    loss = flow + 0.1 * cosine_loss(z, tokenizer.z0(images)).mean()      # flow: of decoder.py
 
 RepTok (arXiv 2510.14630), Sec. 3. The file needs torch and the standard library, nothing else.
 Letters: B batch, K tokens of an image, R registers, N patches, D width.
@@ -196,19 +196,19 @@ class Tokenizer(nn.Module):
     """RepTok's encoder E (Sec. 3): a frozen ViT that reads one trained embedding.
 
     token:     which outputs of the ViT are an image's K tokens: "cls", the class token (K=1, as in
-               the paper), "reg", register number `reg_index` (K=1), or "all", all these (K=1+R)
+               the paper), "reg", the first register (K=1), or "all", class token and registers
     unfreeze:  what is trained: "token", their embedding (as in the paper), "none", or "all", the
-               whole ViT except the class token and registers that it no longer reads
+               whole ViT except its own class token and registers, which stay as they were
 
     Images are in [-1,1]. Others, such as 0 to 255, give wrong tokens, and nothing here notices it.
 
     Raises UserError, a ValueError, where the ViT lacks the registers that `token` asks for.
     """
 
-    def __init__(self, vit, token="cls", reg_index=0, unfreeze="token"):
+    def __init__(self, vit, token="cls", unfreeze="token"):
         super().__init__()
         # The token is the ViT's output at these positions; in the paper, at the class token's.
-        self.positions = token_positions(vit, token, reg_index)
+        self.positions = token_positions(vit, token)
         # The ViT is frozen. The one trained parameter starts as the embedding that it reads there.
         self.vit = vit.requires_grad_(False)
         self.embedding = nn.Parameter(vit.prefix()[:, self.positions].clone())         # (1,K,D)
@@ -223,7 +223,7 @@ class Tokenizer(nn.Module):
             vit.cls_token.requires_grad_(False)
             vit.register_tokens.requires_grad_(False)
 
-        self.config = dict(vit=vit.config, token=token, reg_index=reg_index, unfreeze=unfreeze)
+        self.config = dict(vit=vit.config, token=token, unfreeze=unfreeze)
         mean = torch.tensor(vit.config["mean"]).view(3, 1, 1)
         std = torch.tensor(vit.config["std"]).view(3, 1, 1)
         self.register_buffer("mean", mean, persistent=False)
@@ -260,19 +260,18 @@ def cosine_loss(z, z0):
     return 1 - F.cosine_similarity(z.float(), z0.float(), dim=-1).mean(1)
 
 
-def token_positions(vit, token, reg_index):
+def token_positions(vit, token):
     """Where the K tokens stand among class token and registers, a slice. Raises UserError."""
     registers = vit.register_tokens.shape[1]
+    if token not in ("cls", "reg", "all"):
+        raise UserError(f"--token {token}: give cls, reg or all")
     if token == "cls":
         return slice(0, 1)
-    if not 0 <= reg_index < registers:
-        raise UserError(f"--token {token} --reg-index {reg_index}: this encoder has {registers} "
-                        "registers; try cls")
+    if not registers:
+        raise UserError(f"--token {token}: this encoder has no registers; give cls")
     if token == "reg":
-        return slice(1 + reg_index, 2 + reg_index)
-    if token == "all":
-        return slice(0, 1 + registers)
-    raise UserError(f"--token {token}: give cls, reg or all")
+        return slice(1, 2)
+    return slice(0, 1 + registers)
 
 
 def resize(x, size):
@@ -545,8 +544,12 @@ def depth_of(tensors):
 
 
 def heads_of(width):
-    """How many heads, which no file stores: each is 64 wide, or 32 in tiny models. ValueError."""
-    heads = max(1, width // (32 if width % 64 else 64))
+    """How many heads, which no file stores: each is 64 wide, or 32 where 64 does not divide.
+
+    Raises ValueError where 32 does not divide either.
+    """
+    wide = 32 if width % 64 else 64
+    heads = max(1, width // wide)
     if width % heads:
         raise ValueError(f"width {width} does not divide into heads of 64 or 32")
     return heads
@@ -569,7 +572,11 @@ def vit_from(tensors, path):
     clip = "vision_model.embeddings.class_embedding" in tensors
     kept = {}
     for name, tensor in tensors.items():
-        if name.startswith("vision_model.") if clip else not name.startswith(NOT_IMAGE):
+        if clip:
+            wanted = name.startswith("vision_model.")
+        else:
+            wanted = not name.startswith(NOT_IMAGE)
+        if wanted:
             kept[name] = tensor
 
     tensors = kept

@@ -11,8 +11,8 @@ OUT/tokens.npy and OUT/tokens.pt (the token of every picture, which stage 2 read
 a small encoder first, OUT/encoder.pt. The same command resumes a stopped run.
 
 The method is the loop in `main`. Below it: the parts of stage 1, then the code that both trainers
-share. Letters: B pictures per step, b per micro-batch, K tokens per picture, D token width, S side
-of a picture, (C,h,w) a latent, V views of a picture (2 with --flip)."""
+share. Letters: B pictures of a step in one process, b of a micro-batch, K tokens per picture, D
+token width, S side of a picture, (C,h,w) a latent, V views of a picture (2 with --flip)."""
 
 import argparse
 import contextlib
@@ -54,7 +54,7 @@ SIZES = {
     "XL": {"decoder": dict(width=1152, depth=28, heads=16), "mixer": dict(hidden=1280, depth=28)},
 }
 
-# The settings of a run, printed at its start; options of the same names replace them. Nano is not
+# The settings of a run, printed at its start; most have an option of their name. Nano is not
 # in the paper: one setting for the drawn shapes and for own pictures, minutes long on two cores.
 SETTINGS = {  # name: (sizes S to XL, nano)
     "pixels": (256, 16),
@@ -63,16 +63,17 @@ SETTINGS = {  # name: (sizes S to XL, nano)
     "batch": (512, 64),
     # Nano is small and its run is short: 30 times the usual learning rate.
     "lr": (1e-4, 3e-3),
-    # Muon for the matrices of nano's decoder: AdamW alone needs far more steps.
+    # Muon for the matrices of attention and MLPs in nano's decoder: AdamW alone needs more steps.
     "muon_lr": (0.0, 0.02),
-    # The embedding's rate, in lr. AdamW moves each of its numbers by about that a step.
+    # The embedding's learning rate, as a multiple of lr. It has few steps to go: AdamW moves each
+    # number by about its learning rate a step.
     "token_lr": (1.0, 10.0),
     "warmup": (2000, 50),
     # Constant, or flat to half of the run and then a line to 0.
     "decay": (False, True),
     "ema": (0.9999, 0.99),
     # Nano's decoder works on pixels, not on a VAE's latents. It predicts them; v follows, and the
-    # loss is Eq. 1 (JiT).
+    # loss is Eq. 1 (as in JiT, Li, He 2025).
     "predict": ("velocity", "data"),
     # t = sigmoid(N(t_mean, 1)). Near noise the decoder has only the token to draw from, and learns
     # to read it.
@@ -82,16 +83,19 @@ SETTINGS = {  # name: (sizes S to XL, nano)
     "cache": (False, True),
     "save_every": (10_000, 500),
 }
-CLIP_GRAD = 1.0  # the largest norm of a step's gradient, in both stages
+# The largest norm of a step's gradient, in both stages.
+CLIP_GRAD = 1.0
 
 # Nano's own encoder, where no --encoder is given.
 ENCODER = dict(
-    batch=64,  # each of them in two views
+    # Pictures a step, each in two views.
+    batch=64,
     lr=1e-3,
     muon_lr=0.01,
     warmup=50,
-    # Weight of the register's squared error, which is small beside the contrast. With 50 the class
-    # token keeps more of colour and place, and tuning brings less.
+    # The loss is the contrast of class tokens plus so many times the squared error of what the
+    # register draws, see `pretrained`. With 50 the class token keeps more of colour and place, and
+    # tuning brings less.
     drawing=10.0,
 )
 
@@ -116,8 +120,10 @@ def main():
         pictures = Pictures(args.data, args.pixels, ranks)
     else:
         pictures = Shapes(args.pixels, args.seed)
-    workers = 4 if device.type == "cuda" and not pictures.small else 0
-    workers = workers if args.workers is None else args.workers
+    workers = args.workers
+    if workers is None:
+        # Reading files takes processes; a small set of pictures stays in memory.
+        workers = 4 if device.type == "cuda" and not pictures.small else 0
 
     # Go on with a stopped run, or from --init, or begin with a new decoder.
     saved = checkpoint_to_resume(out, args, pictures.fingerprint, ranks)
@@ -137,7 +143,8 @@ def main():
     model.tokenizer.vit.checkpointing = args.checkpointing
     model.decoder.checkpointing = args.checkpointing
 
-    # What is trained: of the tokenizer the class-token embedding, and the decoder.
+    # What is trained: of the tokenizer the class-token embedding, and the decoder. Tokenizer and
+    # RepTok have frozen all else.
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = new_optimizers(trained, args.lr, args.muon_lr, args.token_lr)
     ema = EMA(trained, args.ema)
@@ -154,27 +161,29 @@ def main():
     side = model.decoder.config["size"]
     shape = (args.batch, model.decoder.config["channels"], side, side)
     log = Log(out, args, SETTINGS, ranks, first, pictures.names, pictures.class_names, trained)
-    signals = catch_signals()  # a list, filled by Ctrl-C and SIGTERM
+    flip_share = 0.5 if args.flip else 0.0
+    # A list, filled by Ctrl-C and SIGTERM.
+    signals = catch_signals()
 
-    # x: the pictures of this process, (B,3,S,S). kept: with --cache three tensors (B,V,...).
-    for step, (x, _, kept) in enumerate(batches, first):
+    # images: the pictures of this process, (B,3,S,S), then their numbers. kept: with --cache what
+    # frozen networks gave for them, three tensors (B,V,...), else nothing.
+    for step, (images, _, kept) in enumerate(batches, first):
         # Every process draws for the whole batch and takes its share, so that the numbers depend
         # neither on the number of processes nor on accumulation.
         random = generator(args.seed, step, device, stream=0)
-        t = torch.sigmoid(torch.randn(args.batch, generator=random, device=device) + args.t_mean)
-        noise = torch.randn(shape, generator=random, device=device)  # (B,C,h,w)
-        vae_noise = torch.randn(shape, generator=random, device=device)
-        mirror = torch.rand(args.batch, generator=random, device=device) < (0.5 if args.flip else 0)
-        t = ranks.share(t)                                          # (B,)
-        noise = ranks.share(noise)
-        vae_noise = ranks.share(vae_noise)
-        mirror = ranks.share(mirror)                                # (B,)
-        x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
+        normal = torch.randn(args.batch, generator=random, device=device)
+        t = ranks.share(torch.sigmoid(normal + args.t_mean))        # (B,)
+        noise = ranks.share(torch.randn(shape, generator=random, device=device))  # (B,C,h,w)
+        vae_noise = ranks.share(torch.randn(shape, generator=random, device=device))
+        mirror = ranks.share(torch.rand(args.batch, generator=random, device=device) < flip_share)
+        x = torch.where(mirror[:, None, None, None], images.flip(-1), images)
 
-        means = torch.zeros(3, device=device)  # of loss, flow, cosine
-        size = len(x) // args.accumulate
+        # The means of loss, flow and cosine over this process's pictures.
+        means = torch.zeros(3, device=device)
+        b = args.batch // ranks.world // args.accumulate
         for n in range(args.accumulate):
-            part = slice(n * size, (n + 1) * size)  # micro-batch n, of b pictures
+            # Micro-batch n, of b pictures.
+            part = slice(n * b, (n + 1) * b)
             if ranks.world > 1:
                 # Gradients are averaged over the processes once a step, after the last micro-batch.
                 tokenizer.require_backward_grad_sync = n + 1 == args.accumulate
@@ -183,9 +192,9 @@ def main():
             with ranks.autocast():
                 # What is frozen: the VAE, which gives the latents, and the untuned encoder's z0.
                 if args.cache:
-                    mean, logvar, z0 = [view(u[part], mirror[part]) for u in kept]
+                    mean, logvar, z0 = [pick_view(u[part], mirror[part]) for u in kept]
                 else:
-                    mean, logvar, z0 = frozen(model, x[part])
+                    mean, logvar, z0 = run_frozen(model, x[part])
                 latents = model.vae.sample(mean, logvar, vae_noise[part])  # (b,C,h,w)
 
                 z = tokenizer(x[part])                              # (b,K,D)
@@ -214,35 +223,37 @@ def main():
         save = end or (step + 1) % args.save_every == 0
         log.bar.update()
         if save or (step + 1) % args.log_every == 0:
-            loss, flow, cosine = ranks.sum(means / ranks.world).tolist()
-            rate = factor * args.lr
+            means = ranks.sum(means / ranks.world)
             # Raises UserError if the loss is not finite.
-            log.write(step + 1, loss=loss, flow=flow, cosine=cosine, norm=norm.item(), lr=rate)
+            log.write(step + 1, ("loss", "flow", "cosine"), means, norm, factor * args.lr)
         if save and ranks.main:
             save_run(out, step + 1, args, model, pictures.fingerprint, optimizers, ema)
         if ranks.main and (end or picture_due(step + 1, args.steps)):
             with ema.applied(), torch.no_grad(), ranks.autocast():
-                shown = held_out(pictures, args, 100 if end else 10)  # (n,3,S,S)
-                z = model.encode(shown)                             # (n,K,D)
-                z0 = model.tokenizer.z0(shown.to(device))           # (n,K,D)
-                from_z0 = model.decode(z0, steps=20)                # (n,3,S,S)
-                from_z = model.decode(z, steps=20)                  # (n,3,S,S)
+                # Ten to look at; at the end, a hundred to measure what tuning has brought.
+                shown = to_show(pictures, args, 100 if end else 10)  # (n,3,S,S)
+                shown_z = model.encode(shown)                       # (n,K,D)
+                shown_z0 = model.tokenizer.z0(shown.to(device))     # (n,K,D)
+                from_z0 = model.decode(shown_z0, steps=20)          # (n,3,S,S)
+                from_z = model.decode(shown_z, steps=20)            # (n,3,S,S)
             sample.save_grid(out.with_suffix(".png"), [shown[:10], from_z0[:10], from_z[:10]])
         if end:
             break
 
-    log.close()  # raises SystemExit where a signal has ended the run
+    log.close()
+    if step + 1 < args.steps:
+        exit_interrupted(out, step + 1, args, ranks)
     # The pictures' last use: each becomes a token.
     with ema.applied():
         sample.write_tokens(folder, model, pictures, ranks, args.flip, workers)
     if ranks.main:
         print(f"{out}, {folder / 'tokens.npy'}; next: python train_stage2.py --out {args.out}")
-        print(lesson(model.tokenizer, pictures, shown, from_z0, from_z, z0, z))
+        print(lesson(model.tokenizer, pictures, shown, from_z0, from_z, shown_z0, shown_z))
 
 
 # ---- Below: what stage 1 is built from, and its command line
 @torch.no_grad()
-def frozen(model, x):
+def run_frozen(model, x):
     """What frozen networks give for images (b,3,S,S): mean and log-variance of the latents, each
     (b,C,h,w), and z0 (b,K,D), the token of the untuned encoder."""
     mean, logvar = model.vae.posterior(x)
@@ -250,17 +261,18 @@ def frozen(model, x):
 
 
 def cached(pictures, model, args, ranks, workers):
-    """The same pictures with what `frozen` gives for them, made where no earlier run has left it in
-    OUT, float16: pictures[i] -> image, number, mean (V,C,h,w), logvar (V,C,h,w), z0 (V,K,D)."""
+    """Pictures together with the outputs of their frozen networks, which are computed once and kept
+    in OUT in float16: [i] -> image, number, mean (V,C,h,w), logvar (V,C,h,w), z0 (V,K,D)."""
     networks = (model.tokenizer.original or model.tokenizer.vit, model.vae)
     what = f"{pictures.fingerprint} {args.flip} {args.dtype} {model.tokenizer.positions}"
     mark = hashlib.sha256(f"{what} {sample.digest(*networks)}".encode()).hexdigest()[:12]
     names = ("mean", "logvar", "z0")
     paths = [Path(args.out, f"cache-{mark}-{name}.npy") for name in names]
     if args.fresh or not all(path.exists() for path in paths):
-        ranks.barrier()  # all have looked
+        # No process may write before all have looked whether the files are there.
+        ranks.barrier()
         sample.compute_once(
-            paths, lambda x: frozen(model, x), pictures, ranks, args.flip, workers
+            paths, lambda x: run_frozen(model, x), pictures, ranks, args.flip, workers
         )
     return Cached(pictures, [np.load(path, mmap_mode="r") for path in paths])
 
@@ -276,11 +288,12 @@ class Cached(torch.utils.data.Dataset):
         return len(self.pictures)
 
     def __getitem__(self, i):
-        x, number = self.pictures[i]
-        return x, number, *(torch.from_numpy(array[number].copy()) for array in self.arrays)
+        x, j = self.pictures[i]
+        rows = [torch.from_numpy(array[j].copy()) for array in self.arrays]
+        return [x, j, *rows]
 
 
-def view(u, mirror):
+def pick_view(u, mirror):
     """Of each row of u (b,V,...) the view that is mirrored or not, (b,...) float32."""
     rows = torch.arange(len(u), device=u.device)
     return u[rows, mirror.long()].float()
@@ -309,23 +322,33 @@ def build(args, pictures, ranks):
             "see docs/weights.md"
         )
     vae = dec.load_vae(args.vae) if args.vae else dec.PixelSpace()
-    if args.pixels % vae.factor:
-        raise UserError(f"--pixels {args.pixels}: the VAE needs a multiple of {vae.factor}")
     shape = dict(SIZES[args.size]["decoder"], channels=vae.channels, size=args.pixels // vae.factor)
-    dec.Decoder(**{**shape, "depth": 0})  # fails early if the size does not divide into patches
-    path = args.encoder or pretrained(args, pictures, ranks)
-    vit = new_vit(args) if path == "random" else tok.load_encoder(ranks.fetch(path))
+    multiple = vae.factor * shape.get("patch", 2)
+    if args.pixels % multiple:
+        raise UserError(
+            f"--pixels {args.pixels}: does not divide into patches; give a multiple of {multiple}"
+        )
+    if args.encoder == "random":
+        vit = new_vit(args)
+    elif args.encoder:
+        vit = tok.load_encoder(ranks.fetch(args.encoder))
+    else:
+        vit = tok.load_encoder(pretrained(args, pictures, ranks))
     torch.manual_seed(args.seed)
-    tokenizer = Tokenizer(vit, args.token, 0, args.unfreeze)
+    tokenizer = Tokenizer(vit, args.token, args.unfreeze)
     decoder = dec.Decoder(
         **shape,
         token_dim=tokenizer.width,
         K=tokenizer.K,
         predict=args.predict,
-        # With its t_mean, training hardly ever draws a larger t.
-        t_max=0.9 if args.predict == "data" else 1.0,
+        t_max=latest_time(args.t_mean),
     )
     return RepTok(tokenizer, decoder, vae)
+
+
+def latest_time(t_mean):
+    """A time later than which training draws one in 75,000: that of 4.2 standard deviations."""
+    return round(1 / (1 + math.exp(-t_mean - 4.2)), 3)
 
 
 def new_vit(args):
@@ -334,7 +357,17 @@ def new_vit(args):
     if args.size == "nano":
         return ViT(pixels=args.pixels, grid=args.pixels // 4, hidden=256, registers=1)
     return ViT(
-        768, 12, 12, 3072, 14, 37, 4, True, pixels=224, mean=tok.IMAGENET[0], std=tok.IMAGENET[1]
+        width=768,
+        depth=12,
+        heads=12,
+        hidden=3072,
+        patch=14,
+        grid=37,
+        registers=4,
+        layer_scale=True,
+        pixels=224,
+        mean=tok.IMAGENET[0],
+        std=tok.IMAGENET[1],
     )
 
 
@@ -362,7 +395,8 @@ def pretrained(args, pictures, ranks):
         save_checkpoint(
             path, {"kind": "encoder", "settings": settings, "config": vit.config, "state": state}
         )
-    ranks.barrier()  # the others wait for the file
+    # The others wait for the file.
+    ranks.barrier()
     return path
 
 
@@ -371,14 +405,16 @@ def train_encoder(args, pictures, device, preview):
     register draws."""
     vit = new_vit(args).to(device)
     width = vit.pos_embed.shape[-1]
-    draw = nn.Linear(width, 3 * args.pixels**2).to(device)  # register -> the pixels of its view
+    # From the register to the pixels of its view.
+    draw = nn.Linear(width, 3 * args.pixels**2).to(device)
     trained = {**dict(vit.named_parameters()), **dict(draw.named_parameters())}
     optimizers = new_optimizers(trained, ENCODER["lr"], ENCODER["muon_lr"])
-    shown = held_out(pictures, args, 10).to(device)                 # (10,3,S,S)
+    shown = to_show(pictures, args, 10).to(device)                 # (10,3,S,S)
     batch = min(ENCODER["batch"], len(pictures))
     random = torch.Generator(device).manual_seed(args.seed)
     shuffle = torch.Generator().manual_seed(args.seed)
-    order = []  # the pictures that this epoch has left
+    # The pictures that this epoch has left.
+    order = []
     for step in tqdm(range(args.pretrain_steps), "encoder", dynamic_ncols=True):
         if len(order) < batch:
             order = torch.randperm(len(pictures), generator=shuffle).tolist()
@@ -418,7 +454,7 @@ def picture_due(step, steps):
     return step == 10 or step % max(30, steps // 10) == 0
 
 
-def held_out(pictures, args, count):
+def to_show(pictures, args, count):
     """Images (count,3,S,S) to look at: held-out shapes, or some of the pictures of --data, which
     are trained on."""
     if pictures.source:
@@ -504,7 +540,8 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 0.05)
-                update = orthogonal(p.grad.lerp(state["momentum"], 0.95))  # Nesterov
+                # Nesterov's momentum.
+                update = orthogonal(p.grad.lerp(state["momentum"], 0.95))
                 # A matrix with more rows than columns takes longer steps.
                 stretch = max(1, len(p) / p[0].numel()) ** 0.5
                 p.sub_(update, alpha=group["lr"] * stretch)
@@ -512,18 +549,20 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(x, steps=5):
     """About U V^T of a matrix U S V^T, by Newton-Schulz iterations in float32 (torch.optim.Muon
-    takes bfloat16, slow on processors without it). They run on the small matrix a = x x^T; x
-    becomes q x."""
+    takes bfloat16, slow on processors without it), which run on the small matrix x x^T."""
     if len(x) > x[0].numel():
         return orthogonal(x.mT, steps).mT
     x = x / (x.norm() + 1e-7)
-    a = x @ x.mT
-    one = q = torch.eye(len(x), device=x.device)
+    gram = x @ x.mT
+    eye = torch.eye(len(x), device=x.device)
+    # Each step multiplies x by a polynomial of x x^T. The small product of all steps is kept. The
+    # three numbers are Jordan's: they bring lengths fast near 1, not exactly to it.
+    product = eye
     for _ in range(steps):
-        p = 3.4445 * one - 4.775 * a + 2.0315 * a @ a
-        q = p @ q
-        a = p @ a @ p
-    return q @ x
+        polynomial = 3.4445 * eye - 4.775 * gram + 2.0315 * gram @ gram
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    return product @ x
 
 
 def new_optimizers(trained, lr, muon_lr=0.0, token_lr=1.0):
@@ -534,7 +573,7 @@ def new_optimizers(trained, lr, muon_lr=0.0, token_lr=1.0):
     embedding = []
     others = []
     for name, p in trained.items():
-        if muon_lr and p.ndim == 2 and re.search(r"\.(attn|ff|mlp|tokens|channels)\.", name):
+        if muon_lr and p.ndim == 2 and re.search(r"\.(attn|ff|mlp)\.", name):
             muon.append(p)
         elif name == "tokenizer.embedding":
             embedding.append(p)
@@ -589,8 +628,12 @@ def catch_signals():
     """A list, empty until Ctrl-C or SIGTERM asks to finish the step, save and stop; launchers may
     send several."""
     asked = []
-    for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, lambda *_: asked.append(which))
+
+    def ask(which, frame):
+        asked.append(which)
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
     return asked
 
 
@@ -600,9 +643,7 @@ class Log:
     def __init__(self, out, args, settings, ranks, first, names, class_names, trained):
         self.args = args
         self.ranks = ranks
-        self.out = out
         self.first = first
-        self.step = first
         self.since = (time.perf_counter(), first)
         if ranks.main:
             print(
@@ -616,7 +657,8 @@ class Log:
             print(f"settings: {', '.join(values)}")
             path = out.with_suffix(".jsonl")
             lines = path.read_text().splitlines() if first and path.exists() else []
-            self.file = open(path, "w", buffering=1)  # a line is out as soon as it is written
+            # A line is out as soon as it is written.
+            self.file = open(path, "w", buffering=1)
             for line in lines:
                 # Later lines are left out: their steps come again.
                 if line.endswith("}") and json.loads(line)["step"] <= first:
@@ -629,20 +671,24 @@ class Log:
             dynamic_ncols=True,
         )
 
-    def write(self, step, **values):
-        """A line of `values`. Raises UserError if `loss` or `norm` is not finite: weights never
-        recover from that."""
+    def write(self, step, names, means, norm, lr):
+        """A line of the mean losses, of which the first is what is minimised, the gradient's norm
+        and the learning rate. Raises UserError if one is not finite: weights never recover from
+        that."""
+        values = dict(zip(names, means.tolist()), norm=norm.item(), lr=lr)
+        self.loss = values["loss"]
         if not math.isfinite(values["loss"] + values["norm"]):
             raise UserError(
                 f"loss not finite at step {step}; the last checkpoint is good: run the same again "
                 "with a smaller --lr or --dtype float32"
             )
-        self.step = step
         then, before = self.since
         self.since = (time.perf_counter(), step)
         seconds = (self.since[0] - then) / max(1, step - before)
         rate = round(self.args.batch / seconds, 1)
-        if self.ranks.main and step >= self.first + 50 > before:
+        told = self.first + 50
+        # Once, when the speed is known.
+        if self.ranks.main and before < told <= step:
             left = tqdm.format_interval(seconds * (self.args.steps - step))
             sample.tell(f"{rate} images/s: {left} left; for less time, reduce --steps or --size")
         self.bar.set_postfix_str(
@@ -652,19 +698,22 @@ class Log:
             print(json.dumps({"step": step, **values, "images_per_second": rate}), file=self.file)
 
     def close(self):
-        """The end of the loop, in all processes. An interrupted run says how to resume it, and ends
-        here, so that `a && b` does not go on with b."""
+        """The end of the loop, when all processes are there; signals mean again what they usually
+        do."""
         self.ranks.barrier()
         self.bar.close()
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, signal.default_int_handler)
-        if self.step < self.args.steps:
-            if self.ranks.main:
-                print(
-                    f"{self.out}: step {self.step} of {self.args.steps}; interrupted; run the same "
-                    "command without --fresh to resume"
-                )
-            sys.exit(sample.INTERRUPTED)
+
+
+def exit_interrupted(out, step, args, ranks):
+    """End an interrupted run, with a status by which `a && b` does not go on with b."""
+    if ranks.main:
+        print(
+            f"{out}: step {step} of {args.steps}; interrupted; run the same command without "
+            "--fresh to resume"
+        )
+    sys.exit(sample.INTERRUPTED)
 
 
 def save_run(path, step, args, model, data, optimizers, ema):
@@ -754,7 +803,8 @@ def restore(content, optimizers, ema):
         rates = [group["rate"] for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
         for group, rate in zip(optimizer.param_groups, rates):
-            group["rate"] = rate  # today's, where --lr is another
+            # The rate of now, where --lr is another.
+            group["rate"] = rate
     torch._foreach_copy_(list(ema.average.values()), [content["ema"][name] for name in ema.average])
     return content["step"]
 
@@ -766,7 +816,8 @@ def generator(seed, step, device, stream):
 
 
 # ---- Shared: pictures
-NUM_SHAPES = 10_000  # pictures of the default data
+# How many pictures the default data has.
+NUM_SHAPES = 10_000
 SHAPES = [
     "bar",
     "circle",
@@ -792,7 +843,8 @@ COLOURS = {
     "orange": (240, 130, 20),
 }
 PALETTE = np.array(list(COLOURS.values()))                          # (10,3)
-SIZE = (0.26, 0.42)  # smallest and largest radius of a shape, as a share of the picture's side
+# The smallest and the largest radius of a shape, as a share of the picture's side.
+SIZE = (0.26, 0.42)
 CAPTIONS = [
     "a {size} {ink} {shape} on a {ground} ground",
     "on {ground}, a {size} {ink} {shape}",
@@ -824,7 +876,8 @@ def plan_shape(i, seed):
     place = rng.uniform(-0.1, 0.1, 2)
     turn = rng.uniform(-15, 15)
     ink, ground = rng.integers(256, size=(2, 3)).astype(float)
-    while np.abs(ink - ground).sum() < 250:  # too alike to see the shape
+    # Colours that are too alike would hide the shape.
+    while np.abs(ink - ground).sum() < 250:
         ink, ground = rng.integers(256, size=(2, 3)).astype(float)
     words = {
         "shape": shape,
@@ -839,7 +892,8 @@ def plan_shape(i, seed):
 
 
 def size_word(size):
-    """ "small" for the lower two fifths of SIZE, "large" for the upper two, no word between."""
+    """The word for a size: small in the lower two fifths of SIZE, large in the upper two, else
+    none."""
     share = (size - SIZE[0]) / (SIZE[1] - SIZE[0])
     if share < 0.4:
         return "small"
@@ -854,8 +908,8 @@ def nearest_colour(rgb):
 
 
 def circle_of(points, radii=(1.0,)):
-    """Corners (points,2), x to the right and y down, on a circle from its top on; `radii` take
-    turns."""
+    """Corners (points,2) on a circle, from its top on, x to the right and y down. Radii alternate,
+    as in a star."""
     angle = 2 * np.pi * np.arange(points) / points
     radius = np.resize(radii, points)
     return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], 1)
@@ -895,7 +949,8 @@ OUTLINES = {
     "star": circle_of(10, radii=(1.12, 0.47)),
     "triangle": [(0, -0.95), (0.95, 0.75), (-0.95, 0.75)],
 }
-HOLES = {  # what is cut out of two of them
+# What is cut out of two of them.
+HOLES = {
     "moon": 0.85 * circle_of(60) + (0.5, -0.15),
     "ring": 0.55 * circle_of(60),
 }
@@ -903,7 +958,8 @@ HOLES = {  # what is cut out of two of them
 
 def draw_shape(plan, size):
     """A planned picture, uint8 (size,size,3)."""
-    big = 8 * size  # drawn large, then averaged down, for smooth edges
+    # It is drawn large, then averaged down, for smooth edges.
+    big = 8 * size
     mask = Image.new("L", (big, big))
     paint = ImageDraw.Draw(mask)
     angle = math.radians(plan.turn)
@@ -1025,7 +1081,8 @@ def complete(args, settings, model=None):
     args.size = args.size or "nano"
     for name, values in settings.items():
         if getattr(args, name, None) is None:
-            setattr(args, name, values[args.size == "nano"])
+            others, nano = values
+            setattr(args, name, nano if args.size == "nano" else others)
 
 
 LESS_MEMORY = "use a larger --accumulate, --checkpointing (stage 1) or a smaller --batch"

@@ -26,7 +26,7 @@ from sample import Ranks, RepTok, load_checkpoint, number, whole
 from tokenizer import ClipText, UserError, WordEncoder, load_text_encoder
 from train_stage1 import CLIP_GRAD, EMA, SIZES, Log, generator
 
-# The settings of a run, printed at its start; options of the same names replace them.
+# The settings of a run, printed at its start; most have an option of their name.
 SETTINGS = {  # name: (sizes S to XL, nano)
     # Steps and batch are the paper's.
     "steps": (700_000, 3200),
@@ -84,34 +84,36 @@ def main():
     data = Tokens(tokens, about["labels"], texts, model.text, width)
     batches = load_batches(data, args, ranks, first)
     log = Log(out, args, SETTINGS, ranks, first, about["names"], model.class_names, trained)
-    signals = shared.catch_signals()  # a list, filled by Ctrl-C and SIGTERM
+    # A list, filled by Ctrl-C and SIGTERM.
+    signals = shared.catch_signals()
 
-    # z: the tokens of this process, (B,K,D); labels (B,). With captions, words: their ids (B,L),
-    # or features (B,L,C) made beforehand; mask (B,L), where words are.
-    for step, (z, labels, words, mask) in enumerate(batches, first):
+    # batch: of this process, tokens (B,K,D) and labels (B,); with captions also words, their ids
+    # (B,L) or features (B,L,C) made beforehand, and mask (B,L), where there are words.
+    for step, batch in enumerate(batches, first):
         # Every process draws for the whole batch and takes its share, so that the numbers depend
         # neither on the number of processes nor on accumulation.
         random = generator(args.seed, step, device, stream=1)
-        t = torch.rand(args.batch, generator=random, device=device)
-        drop = torch.rand(args.batch, generator=random, device=device)
-        noise = torch.randn(args.batch, *z.shape[1:], generator=random, device=device)
-        t = ranks.share(t)                                          # (B,)
-        drop = ranks.share(drop)                                    # (B,)
-        noise = ranks.share(noise)                                  # (B,K,D)
+        shape = (args.batch, *tokens.shape[2:])
+        t = ranks.share(torch.rand(args.batch, generator=random, device=device))  # (B,)
+        drop = ranks.share(torch.rand(args.batch, generator=random, device=device))
+        noise = ranks.share(torch.randn(shape, generator=random, device=device))  # (B,K,D)
 
         # The data of the flow: normalised tokens.
-        z = (z.float() - model.mean) / model.std                    # (B,K,D)
+        z = (batch["tokens"].float() - model.mean) / model.std      # (B,K,D)
         # Labels and captions are dropped at random, so that guidance has a network without
-        # condition.
+        # condition. The last number means "no class"; a row of the mask without a True, no text.
         keep = drop >= args.label_drop                              # (B,)
-        labels = torch.where(keep, labels, len(model.class_names))  # the last number is "no class"
+        labels = torch.where(keep, batch["labels"], len(model.class_names))
         if texts:
-            mask = mask & keep[:, None]  # a row without a True has no text
+            words = batch["words"]
+            mask = batch["mask"] & keep[:, None]                    # (B,L)
 
-        means = torch.zeros(1, device=device)  # of the loss
-        size = len(z) // args.accumulate
+        # The mean of the loss over this process's tokens.
+        means = torch.zeros(1, device=device)
+        b = args.batch // ranks.world // args.accumulate
         for n in range(args.accumulate):
-            part = slice(n * size, (n + 1) * size)  # micro-batch n, of b tokens
+            # Micro-batch n, of b tokens.
+            part = slice(n * b, (n + 1) * b)
             if ranks.world > 1:
                 # Gradients are averaged over the processes once a step, after the last micro-batch.
                 mixer.require_backward_grad_sync = n + 1 == args.accumulate
@@ -145,23 +147,25 @@ def main():
         save = end or (step + 1) % args.save_every == 0
         log.bar.update()
         if save or (step + 1) % args.log_every == 0:
-            loss = ranks.sum(means / ranks.world).item()
-            rate = factor * args.lr
+            means = ranks.sum(means / ranks.world)
             # Raises UserError if the loss is not finite.
-            log.write(step + 1, loss=loss, norm=norm.item(), lr=rate)
+            log.write(step + 1, ("loss",), means, norm, factor * args.lr)
         if save and ranks.main:
             shared.save_run(out, step + 1, args, model, about["fingerprint"], optimizers, ema)
         if ranks.main and (end or shared.picture_due(step + 1, args.steps)):
             with ema.applied(), torch.no_grad(), ranks.autocast():
-                z = model.generate(steps=20, **preview(model, texts))  # (R*8,K,D)
-                images = model.decode(z, steps=20)                  # (R*8,3,S,S)
+                # Eight in each of the picture's rows.
+                new = model.generate(steps=20, **preview(model, texts))  # (rows*8,K,D)
+                images = model.decode(new, steps=20)                # (rows*8,3,S,S)
             sample.save_grid(out.with_suffix(".png"), images.split(8))
         if end:
             break
 
-    log.close()  # raises SystemExit where a signal has ended the run
+    log.close()
+    if step + 1 < args.steps:
+        shared.exit_interrupted(out, step + 1, args, ranks)
     if ranks.main:
-        print(f"{out}: flow loss {loss:.4f}; next: python sample.py --ckpt {out}")
+        print(f"{out}: flow loss {log.loss:.4f}; next: python sample.py --ckpt {out}")
 
 
 # ---- Below: tokens, the Mixer of a run, text, and the command line
@@ -187,7 +191,8 @@ def load_tokens(args, model):
 def build(model, args, about, texts, ranks):
     """Give the model of stage 1 what stage 2 adds: statistics of tokens, a Mixer, and perhaps a
     text encoder."""
-    if not model.released:  # a released checkpoint keeps its own factor
+    # The authors' checkpoint keeps its one number, which stands in std.
+    if not model.released:
         model.mean = about["mean"]                                  # (1,K,D)
         model.std = about["std"]
     model.class_names = [] if texts else about["class_names"]
@@ -261,15 +266,17 @@ class Texts:
         if self.source is None:
             return
         self.found = ranks.once(lambda: fid.files(str(Path(self.source).resolve())))
-        for suffix in (".npz", ".txt"):
-            missing = [name for name in self.names if beside(name, suffix) not in self.found]
-            if not missing:
-                self.made_beforehand = suffix == ".npz"
-                return
-        raise UserError(
-            f"--captions {self.source}: {len(missing)} pictures lack a caption, first "
-            f"{missing[0]}; add it"
-        )
+        self.made_beforehand = not self.without(".npz")
+        missing = self.without(".txt")
+        if missing and not self.made_beforehand:
+            raise UserError(
+                f"--captions {self.source}: {len(missing)} pictures lack a caption, first "
+                f"{missing[0]}; add it"
+            )
+
+    def without(self, suffix):
+        """The pictures beside which there is no file of this suffix."""
+        return [name for name in self.names if beside(name, suffix) not in self.found]
 
     def __len__(self):
         return len(self.names)
@@ -329,9 +336,9 @@ def read_texts(texts, numbers, choice, encoder, width):
 
 
 class Tokens(torch.utils.data.Dataset):
-    """[numbers, view, choice] -> tokens (B,K,D) float16, labels (B,), and what read_texts returns,
-    or two empty lists. view and choice, each (B,) in [0,1), choose among the views of a picture and
-    its captions. Raises UserError."""
+    """[numbers, view_draw, choice] -> a dict of tokens (B,K,D) float16, labels (B,) and, where
+    there are texts, the words and mask of read_texts. Each draw, (B,) in [0,1), chooses: view_draw among
+    the views of a picture, choice among its captions. Raises UserError."""
 
     def __init__(self, tokens, labels, texts, encoder, width):
         self.tokens = tokens
@@ -341,15 +348,17 @@ class Tokens(torch.utils.data.Dataset):
         self.width = width
 
     def __getitem__(self, key):
-        numbers, view, choice = key
-        views = (view * self.tokens.shape[1]).long()
+        numbers, view_draw, choice = key
+        views = (view_draw * self.tokens.shape[1]).long()
         z = torch.from_numpy(self.tokens[numbers, views.numpy()])   # (B,K,D)
-        words = mask = []
+        batch = {"tokens": z, "labels": self.labels[numbers]}
         if self.texts:
             words, mask = read_texts(
                 self.texts, numbers, choice.tolist(), self.encoder, self.width
             )
-        return z, self.labels[numbers], words, mask
+            batch["words"] = words
+            batch["mask"] = mask
+        return batch
 
 
 def load_batches(data, args, ranks, first):
@@ -360,22 +369,24 @@ def load_batches(data, args, ranks, first):
         numbers = shared.picture_order(len(data.tokens), args, ranks, first)
         for step, mine in enumerate(numbers, first):
             random = generator(args.seed, step, "cpu", stream=2)
-            view = torch.rand(args.batch, generator=random)
+            view_draw = torch.rand(args.batch, generator=random)
             choice = torch.rand(args.batch, generator=random)
-            yield mine, ranks.share(view), ranks.share(choice)
+            yield mine, ranks.share(view_draw), ranks.share(choice)
 
     gpu = ranks.device.type == "cuda"
-    workers = 4 if gpu and data.texts and data.texts.source else 0
+    workers = args.workers
+    if workers is None:
+        workers = 4 if gpu and data.texts and data.texts.source else 0
     loader = torch.utils.data.DataLoader(
         data,
         batch_size=None,
         sampler=order(),
-        num_workers=workers if args.workers is None else args.workers,
+        num_workers=workers,
         pin_memory=gpu,
         worker_init_fn=sample.leave_signals,
     )
     for batch in loader:
-        yield [u.to(ranks.device, non_blocking=True) if len(u) else None for u in batch]
+        yield {name: u.to(ranks.device, non_blocking=True) for name, u in batch.items()}
 
 
 def options():

@@ -1,7 +1,8 @@
 """Scores of trained models: what the token keeps, and whether pictures show what they should.
 
     python -m docs.score out/stage2.pt                       # in the folder of the repository
-    python -m docs.score out/stage1.pt --steps 1 2 5 10 20   # scored each
+    python -m docs.score out/stage1.pt --decoder-steps 1 2 5 10 20 50     # scored each
+    python -m docs.score out/stage2.pt --steps 1 2 5 10 20 50 --cfg 1 1.5 2.5
     python -m docs.score hand/stage2.pt --pictures train held
     python -m docs.score words/stage2.pt   # by its prompts
     python -m docs.score --write REAL --num 5000    # held-out shapes as files, for fid.py
@@ -11,6 +12,7 @@ one), and read by a small network that has learnt from other shapes and has neve
 picture. Letters: N pictures, B a batch of them."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -119,16 +121,16 @@ class Judge:
         return 100 * (self.known_labels[nearest] == self.labels).float().mean().item()
 
 
-def measure(model, judge, steps=20, cfg=1.5, interval=(0.3, 0.9), per_class=0):
+def measure(model, judge, decoder_steps=20, steps=50, cfg=1.5, interval=(0.3, 0.9), per_class=0):
     """All scores of one model as a dict; those of `per_class` generated pictures a class where it
-    is not 0."""
+    is not 0. steps: Euler steps of the Mixer."""
     z = model.encode(judge.real)  # (N,K,D)
     z0 = model.tokenizer.z0(judge.real)  # (N,K,D)
-    images = model.decode(z, steps)
+    images = model.decode(z, decoder_steps)
     drawn, each_drawn = judge.right(images, judge.labels)
     scores = {
         "PSNR from z": judge.psnr(images),
-        "PSNR from z0": judge.psnr(model.decode(z0, steps)),
+        "PSNR from z0": judge.psnr(model.decode(z0, decoder_steps)),
         "neighbours by z, %": judge.neighbours(model.encode),
         "neighbours by z0, %": judge.neighbours(model.tokenizer.z0),
         "cos(z, z0)": F.cosine_similarity(z, z0, dim=-1).mean().item(),
@@ -139,7 +141,7 @@ def measure(model, judge, steps=20, cfg=1.5, interval=(0.3, 0.9), per_class=0):
     }
     if per_class:
         classes = torch.arange(model.mixer.num_classes).repeat_interleave(per_class)
-        images = model.decode(model.generate(classes, 50, cfg, interval), steps)
+        images = model.decode(model.generate(classes, steps, cfg, interval), decoder_steps)
         new, each_new = judge.right(images, classes)
         scores["generated, read right, %"] = new
         scores["worst generated, %"] = min(each_new)
@@ -149,25 +151,29 @@ def measure(model, judge, steps=20, cfg=1.5, interval=(0.3, 0.9), per_class=0):
 
 
 def score(paths, judge, names, args):
-    """Print a line of scores for every checkpoint, number of decoder steps and guidance scale."""
+    """Print the scores of every checkpoint, numbers of steps and guidance scale."""
     real = judge.right(judge.real, judge.labels)[0]
     print(f"{len(judge.real)} held-out pictures, {real:.1f} % of them read right")
     for path in paths:
         model = RepTok.load(path)
-        for steps in args.steps:
-            for cfg in args.cfg if model.mixer else [0]:
-                per_class = args.per_class if model.mixer else 0
-                scores = measure(model, judge, steps, cfg, args.cfg_interval, per_class)
-                guidance = f", guidance {cfg:g}" if model.mixer else ""
-                print(f"\n{path}, {steps} decoder steps{guidance}:")
-                for what, value in scores.items():
-                    if isinstance(value, list):
-                        each = [f"{name} {share:.0f}" for name, share in zip(names, value)]
-                        print(f"  {what}, %: {', '.join(each)}")
-                    else:
-                        print(
-                            f"  {what}: {value:.3f}" if "cos" in what else f"  {what}: {value:.2f}"
-                        )
+        per_class = args.per_class if model.mixer else 0
+        # A model of stage 1 has no Mixer, whose steps and guidance would differ.
+        mixing = list(itertools.product(args.steps, args.cfg)) if model.mixer else [(0, 0)]
+        for decoder_steps, (steps, cfg) in itertools.product(args.decoder_steps, mixing):
+            scores = measure(
+                model, judge, decoder_steps, steps, cfg, args.cfg_interval, per_class
+            )
+            how = f"{decoder_steps} decoder steps"
+            if model.mixer:
+                how += f", {steps} steps of the Mixer, guidance {cfg:g}"
+            print(f"\n{path}, {how}:")
+            for what, value in scores.items():
+                if isinstance(value, list):
+                    each = [f"{name} {share:.0f}" for name, share in zip(names, value)]
+                    print(f"  {what}, %: {', '.join(each)}")
+                else:
+                    digits = 3 if "cos" in what else 2
+                    print(f"  {what}: {value:.{digits}f}")
 
 
 def ink_and_area(picture):
@@ -238,12 +244,10 @@ def options():
         nargs=2,
     )
     p.add("--per-class", 64, "generated pictures of every class", type=sample.whole(1))
-    p.add(
-        "--steps", [20], "decoder steps; several are scored each", nargs="+", type=sample.whole(1)
-    )
-    p.add(
-        "--cfg", [1.5], "guidance scales; several are scored each", nargs="+", type=sample.number(0)
-    )
+    several = "; several are scored each"
+    p.add("--steps", [50], f"steps of the Mixer{several}", nargs="+", type=sample.whole(1))
+    p.add("--decoder-steps", [20], f"of the decoder{several}", nargs="+", type=sample.whole(1))
+    p.add("--cfg", [1.5], f"guidance scales{several}", nargs="+", type=sample.number(0))
     p.add(
         "--cfg-interval",
         [0.3, 0.9],
