@@ -337,8 +337,8 @@ def read_texts(texts, numbers, choice, encoder, width):
 
 class Tokens(torch.utils.data.Dataset):
     """[numbers, view_draw, choice] -> a dict of tokens (B,K,D) float16, labels (B,) and, where
-    there are texts, the words and mask of read_texts. Each draw, (B,) in [0,1), chooses: view_draw among
-    the views of a picture, choice among its captions. Raises UserError."""
+    there are texts, the words and mask of read_texts. Two draws, each (B,) in [0,1), choose:
+    view_draw among a picture's views, choice among its captions. Raises UserError."""
 
     def __init__(self, tokens, labels, texts, encoder, width):
         self.tokens = tokens
