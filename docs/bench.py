@@ -14,12 +14,14 @@ import sys
 import tempfile
 import time
 import types
+import weakref
 
 import numpy as np
 import torch
 import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import decoder as dec
@@ -75,6 +77,67 @@ def step_kept_bytes(stage, args, ranks):
             calls = stage(argparse.Namespace(**{**vars(args), "compile": False}), ranks.device, n)
             kept.append(kept_bytes(next(call for name, call in calls if name.startswith("step"))))
     return 2 * kept[0] - kept[1], kept[1] - kept[0]
+
+
+class Peak(TorchDispatchMode):
+    """Within it, `peak` becomes the largest sum of bytes that new tensors hold at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak = 0
+        self.now = 0
+        # {storage: [how many tensors show it, its bytes]}
+        self.live = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                entry = self.live.setdefault(storage._cdata, [0, storage.nbytes()])
+                if entry[0] == 0:
+                    self.now += entry[1]
+                    self.peak = max(self.peak, self.now)
+                entry[0] += 1
+                weakref.finalize(tensor, self.forget, storage._cdata)
+        return result
+
+    def forget(self, key):
+        """A tensor is gone, and with the last one its storage."""
+        entry = self.live[key]
+        entry[0] -= 1
+        if entry[0] == 0:
+            self.now -= entry[1]
+            del self.live[key]
+
+
+def sampling_peaks(size, pictures=64):
+    """Bytes beside the weights that drawing and encoding pictures of 256 pixels take in bfloat16: a
+    dict. Nothing is computed."""
+
+    def as_on_cuda(module, inputs):
+        """There, autocast runs GroupNorm in float32."""
+        return inputs[0].float()
+
+    peaks = {}
+    with FakeTensorMode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        decoder = dec.Decoder(**one.SIZES[size]["decoder"])
+        vae = dec.VAE()
+        for module in vae.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.register_forward_pre_hook(as_on_cuda)
+        latents = torch.randn(pictures, 4, 32, 32)
+        z = torch.randn(pictures, 1, 768)
+        x = torch.randn(pictures, 3, 256, 256)
+        for name, call in (
+            ("decoder", lambda: decoder(latents, torch.rand(1), z)),
+            ("VAE decode", lambda: vae.decode(latents)),
+            ("VAE encode", lambda: vae.posterior(x)),
+        ):
+            with Peak() as counter:
+                call()
+            peaks[name] = counter.peak
+    return peaks
 
 
 def median_ms(function, device, seconds=4.0):
@@ -170,6 +233,9 @@ def bench(args):
     batches = (64, 256) if device.type == "cuda" else (2, 32)
     if args.size == "nano":
         batches = (one.SETTINGS["batch"][1], two.SETTINGS["batch"][1])
+    else:
+        peaks = [f"{what} {n / 1e9:.1f} GB" for what, n in sampling_peaks(args.size).items()]
+        print(f"64 pictures take, beside the weights: {', '.join(peaks)}, bfloat16, counted")
     with ranks.autocast():
         square = torch.randn(4096, 4096, device=device)
         square = square.to((square @ square).dtype)
