@@ -993,13 +993,15 @@ def score_pairs(real, fake, lpips, device):
 
     rows = []
     with tqdm(total=len(pairs), desc="pairs", leave=False, disable=None) as bar:
-        for pair, (x, y) in zip(pairs, read_ahead(read, pairs)):
-            x = to_batch(x, device)                                     # (1,3,H,W)
-            y = to_batch(y, device)                                     # (1,3,H,W)
+        ahead = read_ahead(read, pairs)
+        for name, _ in pairs:
+            first, second = next(ahead)
+            x = to_batch(first, device)                                 # (1,3,H,W)
+            y = to_batch(second, device)                                # (1,3,H,W)
             try:
                 rows.append(pair_scores(x, y, net).cpu())
             except ValueError as error:
-                raise UserError(f"{pair[0]} cannot be scored: {error}") from error
+                raise UserError(f"{name} cannot be scored: {error}") from error
             bar.update()
     scores = torch.cat(rows).numpy()                                    # (N,3)
 

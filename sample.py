@@ -984,11 +984,12 @@ def draw(model, args):
         noise = model.noise(range(args.seed, args.seed + len(images)))
         rows = [images, model.decode(model.encode(images), args.decoder_steps, noise)]
     else:
-        asked = requests(model, args)
-        if model.class_names and isinstance(asked[0], int):
+        kind, asked = requests(model, args)
+        if model.class_names and kind == "classes":
             names = f"; from the top: {', '.join(model.class_names[i] for i in asked)}"
         wanted = [one for one in asked for _ in range(args.per_class)]
-        images = generate_images(model, wanted, range(args.seed, args.seed + len(wanted)), args)
+        seeds = range(args.seed, args.seed + len(wanted))
+        images = generate_images(model, kind, wanted, seeds, args)
         rows = images.split(args.per_class)
     save_grid(args.out, rows)
     print(f"{args.out}: {len(rows)} x {len(rows[0])} pictures{names}")
@@ -1022,8 +1023,8 @@ def read_pictures(places, pixels):
 
 
 def requests(model, args):
-    """What to generate, once each: class numbers, prompts, or (features, mask) of the --features.
-    Raises UserError."""
+    """What to generate, once each: ("classes", numbers), ("prompts", strings) or ("features", pairs
+    of features (L,C) and mask (L,)). Raises UserError."""
     if model.mixer is None:
         raise UserError(
             f"--ckpt {args.ckpt}: of stage 1, which cannot generate; give a "
@@ -1038,7 +1039,7 @@ def requests(model, args):
                 f"--features: the checkpoint takes (L,{width}), not "
                 f"{[(*text.shape,) for text, _ in rows]}"
             )
-        return rows
+        return "features", rows
     prompts = args.prompt or []
     if args.prompts:
         with fid.naming(f"--prompts {args.prompts}: cannot be read; expected a prompt a line"):
@@ -1046,12 +1047,12 @@ def requests(model, args):
             lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
         prompts = [line for line in lines if line.strip()]
     if not prompts and not model.mixer.cross:
-        return class_numbers(model, args.classes, most=None if args.save else 10)
+        return "classes", class_numbers(model, args.classes, most=None if args.save else 10)
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("this checkpoint takes text: give --prompt with some words in it")
     if model.text:
         warn_of_prompts(model.text, prompts)
-    return prompts
+    return "prompts", prompts
 
 
 def warn_of_prompts(text, prompts):
@@ -1087,15 +1088,15 @@ def class_numbers(model, wanted, most):
     return [number[name] for name in wanted]
 
 
-def generate_images(model, wanted, seeds, args):
-    """Class numbers, prompts or features, one a picture -> images (B,3,S,S) in [-1,1], each from
-    its own seed."""
-    if isinstance(wanted[0], int):
+def generate_images(model, kind, wanted, seeds, args):
+    """What `requests` returns, but one a picture -> images (B,3,S,S) in [-1,1], each from its own
+    seed."""
+    if kind == "classes":
         condition = {"labels": torch.tensor(wanted)}
-    elif isinstance(wanted[0], str):
+    elif kind == "prompts":
         text, mask = model.prompts(wanted)
         condition = {"text": text, "mask": mask}
-    else:
+    elif kind == "features":
         features, masks = zip(*wanted)
         text = nn.utils.rnn.pad_sequence(features, batch_first=True)  # (B,L,C)
         mask = nn.utils.rnn.pad_sequence(masks, batch_first=True)     # (B,L)
@@ -1142,7 +1143,7 @@ def save_reconstructed(model, args, ranks):
 
 def save_generated(model, args, ranks):
     """--num pictures to generated/; with --clip the CLIP score is printed. Raises UserError."""
-    asked = requests(model, args)
+    kind, asked = requests(model, args)
     count = args.num or args.per_class * len(asked)
     score = ClipScore(ranks.fetch(args.clip), args.bpe).to(model.device) if args.clip else None
     # The sum of the cosines, and how many they are.
@@ -1150,9 +1151,8 @@ def save_generated(model, args, ranks):
     for numbers in my_share(count, ranks, args):
         # Each is taken equally often.
         wanted = [asked[i % len(asked)] for i in numbers]
-        images = fid.to_uint8(
-            generate_images(model, wanted, [args.seed + i for i in numbers], args)
-        )
+        seeds = [args.seed + i for i in numbers]
+        images = fid.to_uint8(generate_images(model, kind, wanted, seeds, args))
         save_files(Path(args.save, "generated"), numbers, images)
         if score:
             # Scores are taken in float32.

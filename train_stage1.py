@@ -964,10 +964,14 @@ def draw_shape(plan, size):
     paint = ImageDraw.Draw(mask)
     angle = math.radians(plan.turn)
     rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    for outlines, fill in ((OUTLINES, 255), (HOLES, 0)):
-        if plan.shape in outlines:
-            corners = plan.size * np.array(outlines[plan.shape]) @ rotation + plan.place + 0.5
-            paint.polygon([tuple(corner) for corner in big * corners], fill=fill)
+
+    def corners_of(outline):
+        corners = plan.size * np.array(outline) @ rotation + plan.place + 0.5
+        return [tuple(corner) for corner in big * corners]
+
+    paint.polygon(corners_of(OUTLINES[plan.shape]), fill=255)
+    if plan.shape in HOLES:
+        paint.polygon(corners_of(HOLES[plan.shape]), fill=0)
     mask = mask.resize((size, size), Image.Resampling.BOX)
     share = np.asarray(mask, np.float32)[..., None] / 255           # (size,size,1)
     return (plan.ground + share * (plan.ink - plan.ground)).round().astype(np.uint8)
