@@ -776,16 +776,16 @@ class Ranks:
         """Returns when all processes are here; it does not wait for their GPUs."""
         self.sum(torch.zeros(1))
 
-    def take(self, folder):
+    def lock(self, folder):
         """Make a folder, and keep other runs out of it until this process ends. Raises UserError
         where another run is in it."""
         if not self.main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(folder / ".lock", "a")
+        self.locked = open(folder / ".lock", "a")
         try:
             if fcntl:
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise UserError(
                 f"{folder}: another run writes into it; wait for its end, or give another folder"
@@ -951,7 +951,7 @@ def main():
         print(f"{args.export}: for sampling, {size:.0f} MB")
     elif args.encode:
         pictures = Pictures(args.encode, model.pixels, ranks)
-        ranks.take(Path(args.save))
+        ranks.lock(Path(args.save))
         write_tokens(args.save, model, pictures, ranks, args.flip)
         if ranks.main:
             print(f"{args.save}: tokens of {len(pictures)} pictures, for train_stage2.py --tokens")

@@ -1296,7 +1296,7 @@ def test_captions_of_shapes_say_what_is_drawn():
     """Every caption names the shape and its nearest colours, and a size that is small or large.
 
     Small are the lower two fifths of the sizes, large the upper two; between them none is named."""
-    low, high = one.SIZE
+    low, high = one.RADII
     seen = set()
     for i in range(200):
         plan = one.plan_shape(i, 0)

@@ -116,7 +116,7 @@ def main():
     args.dtype = ranks.dtype
     folder = Path(args.out)
     out = folder / "stage1.pt"
-    ranks.take(folder)
+    ranks.lock(folder)
     if args.data:
         pictures = Pictures(args.data, args.pixels, ranks)
     else:
@@ -430,7 +430,7 @@ def train_encoder(args, pictures, device, preview):
         drawing = F.mse_loss(draw(register), views.flatten(1))
         loss = contrast + ENCODER["drawing"] * drawing
         loss.backward()
-        factor = short_run(step, args.pretrain_steps, ENCODER["warmup"])
+        factor = rise_stay_fall(step, args.pretrain_steps, ENCODER["warmup"])
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["rate"]
@@ -443,7 +443,7 @@ def train_encoder(args, pictures, device, preview):
     return vit
 
 
-def short_run(step, steps, warmup):
+def rise_stay_fall(step, steps, warmup):
     """The share of the learning rate in a short run: up in a line over `warmup` steps, flat to half
     of the run, and down to 0 in a line."""
     return min(1.0, (step + 1) / max(1, warmup), 2 * (1 - step / steps))
@@ -592,9 +592,10 @@ def new_optimizers(trained, lr, muon_lr=0.0, token_lr=1.0):
 
 
 def rate_factor(step, args):
-    """The share of the learning rate: linear warm-up, then constant; for nano as in `short_run`."""
+    """The share of the learning rate: linear warm-up, then constant; for nano as in
+    `rise_stay_fall`."""
     if args.decay:
-        return short_run(step, args.steps, args.warmup)
+        return rise_stay_fall(step, args.steps, args.warmup)
     return min(1.0, (step + 1) / max(1, args.warmup))
 
 
@@ -733,7 +734,7 @@ def save_run(path, step, args, model, data, optimizers, ema):
 
 # Settings that may change when a run is resumed. None changes a loss, except --steps at nano,
 # whose schedule it sets.
-FREE = {
+MAY_CHANGE = {
     "out",
     "steps",
     "log_every",
@@ -748,7 +749,7 @@ FREE = {
     "tokens",
 }
 # These change losses, and may be changed against a loss that is not finite; a line says so.
-SAID = {"lr", "dtype"}
+CHANGE_IS_TOLD = {"lr", "dtype"}
 
 
 def checkpoint_to_resume(path, args, data, ranks):
@@ -765,9 +766,10 @@ def checkpoint_to_resume(path, args, data, ranks):
     then = content["settings"]
     now = {**vars(args), "data": data}
     # The size is compared first, because other settings depend on it.
-    names = sorted(now.keys() - FREE - SAID, key=lambda name: (name != "size", name))
+    kept = now.keys() - MAY_CHANGE - CHANGE_IS_TOLD
+    names = sorted(kept, key=lambda name: (name != "size", name))
     refuse_changes(path, then, {name: now[name] for name in names})
-    for name in sorted(SAID):
+    for name in sorted(CHANGE_IS_TOLD):
         if now[name] != then.get(name) and ranks.main:
             sample.tell(
                 f"--{name} is {now[name]} from step {content['step']} on; it was {then.get(name)}"
@@ -845,7 +847,7 @@ COLOURS = {
 }
 PALETTE = np.array(list(COLOURS.values()))                          # (10,3)
 # The smallest and the largest radius of a shape, as a share of the picture's side.
-SIZE = (0.26, 0.42)
+RADII = (0.26, 0.42)
 CAPTIONS = [
     "a {size} {ink} {shape} on a {ground} ground",
     "on {ground}, a {size} {ink} {shape}",
@@ -873,7 +875,7 @@ def plan_shape(i, seed):
     detail that a class token which knows only the class cannot tell."""
     rng = np.random.default_rng([seed, i])
     shape = SHAPES[rng.integers(len(SHAPES))]
-    size = rng.uniform(*SIZE)
+    size = rng.uniform(*RADII)
     place = rng.uniform(-0.1, 0.1, 2)
     turn = rng.uniform(-15, 15)
     ink, ground = rng.integers(256, size=(2, 3)).astype(float)
@@ -893,9 +895,9 @@ def plan_shape(i, seed):
 
 
 def size_word(size):
-    """The word for a size: small in the lower two fifths of SIZE, large in the upper two, else
+    """The word for a size: small in the lower two fifths of RADII, large in the upper two, else
     none."""
-    share = (size - SIZE[0]) / (SIZE[1] - SIZE[0])
+    share = (size - RADII[0]) / (RADII[1] - RADII[0])
     if share < 0.4:
         return "small"
     return "large" if share > 0.6 else ""

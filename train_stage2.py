@@ -51,7 +51,7 @@ def main():
     device = ranks.device
     args.dtype = ranks.dtype
     out = Path(args.out, "stage2.pt")
-    ranks.take(out.parent)
+    ranks.lock(out.parent)
 
     # tokens (N,V,K,D) float16, mapped: memory only ever holds a batch of them.
     tokens, about = load_tokens(args, model)

@@ -208,7 +208,7 @@ def score_prompts(model, count=320, cfg=3.0):
     middle = {}
     for shape in one.SHAPES:
         plan = dataclasses.replace(
-            plans[0], shape=shape, size=sum(one.SIZE) / 2, place=np.zeros(2), turn=0
+            plans[0], shape=shape, size=sum(one.RADII) / 2, place=np.zeros(2), turn=0
         )
         drawn = torch.from_numpy(one.draw_shape(plan, 16)).permute(2, 0, 1)
         middle[shape] = ink_and_area(drawn)[2]
