@@ -207,9 +207,14 @@ def bench_stage1(args, device, n):
 
 
 def bench_stage2(args, device, n):  # the same of the Mixer
-    D, classes = (128, 10) if args.size == "nano" else (768, 1000)
+    if args.size == "nano":
+        D = 128
+        num_classes = 10
+    else:
+        D = 768
+        num_classes = 1000
     with device:
-        mixer = mix.Mixer(1, D, **one.SIZES[args.size]["mixer"], num_classes=classes)
+        mixer = mix.Mixer(1, D, **one.SIZES[args.size]["mixer"], num_classes=num_classes)
     print(f"size {args.size}, batch {n}: Mixer {millions(mixer):.1f}M parameters")
     inputs = [
         u.to(device)

@@ -41,9 +41,9 @@ def main():
     args = options()
     model = RepTok.load(args.ckpt)
     shown = held_out(COLUMNS)
-    classes = torch.arange(10).repeat_interleave(COLUMNS)
-    noise = model.noise(range(len(classes)))
-    generated = model.decode(model.generate(classes), steps=20, noise=noise)
+    labels = torch.arange(10).repeat_interleave(COLUMNS)
+    noise = model.noise(range(len(labels)))
+    generated = model.decode(model.generate(labels), steps=20, noise=noise)
 
     rows = {
         "held-out picture": shown,

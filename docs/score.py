@@ -140,9 +140,9 @@ def measure(model, judge, decoder_steps=20, steps=50, cfg=1.5, interval=(0.3, 0.
         "each reconstructed": each_drawn,
     }
     if per_class:
-        classes = torch.arange(model.mixer.num_classes).repeat_interleave(per_class)
-        images = model.decode(model.generate(classes, steps, cfg, interval), decoder_steps)
-        new, each_new = judge.right(images, classes)
+        labels = torch.arange(model.mixer.num_classes).repeat_interleave(per_class)
+        images = model.decode(model.generate(labels, steps, cfg, interval), decoder_steps)
+        new, each_new = judge.right(images, labels)
         scores["generated, read right, %"] = new
         scores["worst generated, %"] = min(each_new)
         scores["generated distance"] = judge.distance(images)
