@@ -145,6 +145,18 @@ class RepTok(nn.Module):
             **networks,
         }
 
+    def half_content(self):
+        """The same with weights in float16, half as large. A weight beyond float16's range, 65504,
+        keeps its float32."""
+        content = self.content()
+        for name, _ in self.named_children():
+            state = content[name]["state"]
+            for key, tensor in state.items():
+                half = tensor.half()
+                if half.isfinite().all():
+                    state[key] = half
+        return content
+
     def noise(self, seeds, mixer=False):
         """Where the decoder's flow starts, (B,C,size,size), or the Mixer's, (B,K,D): one seed a
         picture. The Mixer adds 2**31 to its seeds, so that its noise is independent of the
@@ -867,7 +879,7 @@ def options():
         None,
         "write the tokens of a folder's pictures to --save, for train_stage2.py",
     )
-    p.add("--export", None, "write the checkpoint to this file without what only training needs")
+    p.add("--export", None, "write to this file what sampling needs, with weights in float16")
     p.section = p.add_argument_group("sampling")
     p.add("--out", "samples.png", "the picture to write")
     p.add("--per-class", 8, "pictures of each class or prompt", type=whole(1))
@@ -946,7 +958,7 @@ def main():
     ranks = Ranks(args.device, args.dtype)
     model = RepTok.load(args.ckpt, ranks.device)
     if args.export:
-        save_checkpoint(Path(args.export), model.content())
+        save_checkpoint(Path(args.export), model.half_content())
         size = Path(args.export).stat().st_size / 1e6
         print(f"{args.export}: for sampling, {size:.0f} MB")
     elif args.encode:

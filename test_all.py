@@ -1455,8 +1455,6 @@ def test_the_trainer_is_a_plain_loop(trained, tmp_path, monkeypatch):
         trained / "out" / "encoder.pt",
     ]
     args += [
-        "--muon-lr",
-        0,
         "--token-lr",
         1,
         "--lr",
@@ -1605,7 +1603,7 @@ def test_fine_tuning_from_a_checkpoint(trained, tmp_path):
         sample.load_checkpoint(tmp_path / "stage1.pt", ["stage1"]),
     )
     rest = ["--init", start, "--data", trained / "data", "--out", tmp_path / "rest", *QUICK1[2:]]
-    inside("train_stage1.py", *rest, "--lr", 0, "--muon-lr", 0, "--steps", 1)
+    inside("train_stage1.py", *rest, "--lr", 0, "--steps", 1)
     state = sample.load_checkpoint(tmp_path / "rest" / "stage1.pt", ["stage1"])["decoder"]["state"]
     assert all(torch.equal(was[f"decoder.{name}"], state[name]) for name in state)
     for name, value in now["tokenizer"]["state"].items():
@@ -1661,7 +1659,7 @@ def test_size_is_that_of_the_checkpoint():
     """Without --size, the decoder's width in the checkpoint gives the size and its defaults.
 
     Values that are given stay; a width that no size has is refused."""
-    for size, steps in (("nano", 1600), ("S", 1_000_000), ("XL", 1_000_000)):
+    for size, steps in (("nano", 1800), ("S", 1_000_000), ("XL", 1_000_000)):
         with torch.device("meta"):
             model = RepTok(
                 None, dec.Decoder(**{**one.SIZES[size]["decoder"], "depth": 0}), dec.PixelSpace()
@@ -1671,39 +1669,6 @@ def test_size_is_that_of_the_checkpoint():
         assert (args.size, args.steps, args.lr) == (size, steps, 7.0)
     model.decoder.config["width"] = 64
     refuses("--size", one.complete, argparse.Namespace(size=None), one.SETTINGS, model)
-
-
-# ---- train_stage1.py: the optimizer
-@pytest.mark.parametrize("shape", [(60, 20), (20, 60), (32, 32)])
-def test_muon_against_torch(shape):
-    """Muon moves matrices as torch's own does, and the other parameters as AdamW does.
-
-    Three steps on random gradients; torch's own takes its iterations in bfloat16. An orthogonalised
-    matrix has lengths near 1."""
-    torch.manual_seed(0)
-    start = {"a.attn.weight": torch.randn(shape), "a.norm.weight": torch.randn(shape)}
-    mine = {name: nn.Parameter(p.clone()) for name, p in start.items()}
-    theirs = {name: nn.Parameter(p.clone()) for name, p in start.items()}
-    own = one.new_optimizers(mine, 1e-3, muon_lr=0.02)
-    for optimizer in own:
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"]
-    optimizers = [
-        *own,
-        torch.optim.Muon([theirs["a.attn.weight"]], lr=0.02, weight_decay=0.0, momentum=0.95),
-        torch.optim.AdamW([theirs["a.norm.weight"]], lr=1e-3, weight_decay=0.0),
-    ]
-    for _ in range(3):
-        for name in start:
-            mine[name].grad = torch.randn(shape)
-            theirs[name].grad = mine[name].grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    moved = [net["a.attn.weight"] - start["a.attn.weight"] for net in (mine, theirs)]
-    assert (moved[0] - moved[1]).norm() < 0.03 * moved[1].norm()
-    assert torch.allclose(mine["a.norm.weight"], theirs["a.norm.weight"], atol=1e-6)
-    lengths = torch.linalg.svdvals(one.orthogonal(torch.randn(shape)))
-    assert 0.6 < lengths.min() and lengths.max() < 1.3
 
 
 # ---- train_stage1.py: the cache
@@ -2368,7 +2333,8 @@ def test_checkpoints_with_time_the_other_way_are_refused():
 def test_sample_commands(trained, tmp_path):
     """Each command of sample.py writes a picture of its size; an export draws the same samples.
 
-    An export is less than half as large; bfloat16 rounds, and draws the same picture."""
+    But for the rounding to float16, in which the export is less than a quarter as large. bfloat16
+    rounds too, and draws the same picture."""
     ckpt = ["--ckpt", trained / "out" / "stage2.pt", "--steps", 2]
     some = sorted((trained / "data").rglob("*.png"))[:2]
     for args, size in [
@@ -2382,8 +2348,9 @@ def test_sample_commands(trained, tmp_path):
         assert Image.open(tmp_path / "s.png").size == (64 * size[0], 64 * size[1])
     inside("sample.py", *ckpt, "--export", tmp_path / "small.pt")
     a, b = RepTok.load(ckpt[1]), RepTok.load(tmp_path / "small.pt")
-    assert torch.equal(a.generate(torch.arange(3), steps=2), b.generate(torch.arange(3), steps=2))
-    assert (tmp_path / "small.pt").stat().st_size < ckpt[1].stat().st_size / 2
+    a, b = (model.generate(torch.arange(3), steps=2) for model in (a, b))
+    assert 0 < (a - b).abs().max() < 0.01 * a.abs().max()
+    assert (tmp_path / "small.pt").stat().st_size < ckpt[1].stat().st_size / 4
     refuses("stage 1", RepTok.load(trained / "out" / "stage1.pt").generate, torch.arange(3))
     for dtype in ("float32", "bfloat16"):
         more = ["--dtype", dtype, "--device", "cpu", "--out", tmp_path / f"{dtype}.png"]

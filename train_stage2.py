@@ -72,9 +72,9 @@ def main():
 
     # The Mixer is trained, and the small text encoder if there is one.
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizers = shared.new_optimizers(trained, args.lr)
+    optimizer = shared.new_optimizer(trained, args.lr)
     ema = EMA(trained, args.ema)
-    first = shared.restore(saved, optimizers, ema) if saved else 0
+    first = shared.restore(saved, optimizer, ema) if saved else 0
 
     # The same networks, with gradients averaged over all processes.
     mixer = ranks.wrap(model.mixer, args.compile)
@@ -136,11 +136,10 @@ def main():
 
         norm = nn.utils.clip_grad_norm_(trained.values(), CLIP_GRAD)
         factor = shared.rate_factor(step, args)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = factor * group["rate"]
-            optimizer.step()
-            optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["rate"]
+        optimizer.step()
+        optimizer.zero_grad()
         ema.update(step)
 
         end = step + 1 == args.steps or ranks.any_process(signals)
@@ -151,7 +150,7 @@ def main():
             # Raises UserError if the loss is not finite.
             log.write(step + 1, ("loss",), means, norm, factor * args.lr)
         if save and ranks.main:
-            shared.save_run(out, step + 1, args, model, about["fingerprint"], optimizers, ema)
+            shared.save_run(out, step + 1, args, model, about["fingerprint"], optimizer, ema)
         if ranks.main and (end or shared.picture_due(step + 1, args.steps)):
             with ema.applied(), torch.no_grad(), ranks.autocast():
                 # Eight in each of the picture's rows.
