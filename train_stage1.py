@@ -58,7 +58,7 @@ SIZES = {
 SETTINGS = {  # name: (sizes S to XL, nano)
     "pixels": (256, 16),
     # Steps and batch are the paper's.
-    "steps": (1_000_000, 1800),
+    "steps": (1_000_000, 2200),
     "batch": (512, 64),
     # Nano is small and its run is short: 50 times the usual learning rate.
     "lr": (1e-4, 5e-3),
@@ -66,7 +66,7 @@ SETTINGS = {  # name: (sizes S to XL, nano)
     "beta2": (0.999, 0.95),
     # The embedding's learning rate, as a multiple of lr. It has few steps to go: AdamW moves each
     # number by about its learning rate a step.
-    "token_lr": (1.0, 10.0),
+    "token_lr": (1.0, 20.0),
     "warmup": (2000, 50),
     # Constant, or flat to half of the run and then a line to 0.
     "decay": (False, True),

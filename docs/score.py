@@ -6,6 +6,7 @@
     python -m docs.score hand/stage2.pt --pictures train held
     python -m docs.score words/stage2.pt   # by its prompts
     python -m docs.score --write REAL --num 5000    # held-out shapes as files, for fid.py
+    python -m docs.score --write few --num 250 --seed 0    # the first of the demo's training shapes
 
 Held-out shapes are compared with what is drawn from z (the tuned token) and from z0 (the untuned
 one), and read by a small network that has learnt from other shapes and has never seen a model's
@@ -255,15 +256,16 @@ def options():
         nargs=2,
         type=sample.number(0, 1),
     )
-    p.add("--write", None, "write --num shapes of the seed HELD_OUT to this folder, and exit")
+    p.add("--write", None, "write --num shapes to this folder, and exit")
     p.add("--num", 5000, "how many pictures --write writes", type=sample.whole(1))
+    p.add("--seed", HELD_OUT, "of the shapes of --write; the default's are held out", type=int)
     args = p.parse_args()
     if bool(args.ckpt) == bool(args.write):
         raise sample.UserError("give checkpoints to score, or --write FOLDER; see --help")
     return args
 
 
-def write(folder, count, seed=HELD_OUT):
+def write(folder, count, seed):
     """Shapes of a seed as files, FOLDER/shape/number.png."""
     for i in tqdm(range(count), "pictures", dynamic_ncols=True):
         plan = one.plan_shape(i, seed)
@@ -276,7 +278,7 @@ def main():
     """Score the checkpoints of the command line."""
     args = options()
     if args.write:
-        return write(args.write, args.num)
+        return write(args.write, args.num, args.seed)
     captioned = [path for path in args.ckpt if reads_text(path)]
     for path in captioned:
         print(path)
