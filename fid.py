@@ -643,7 +643,8 @@ def walk_folder(folder, above, seen):
         elif name.lower().endswith(".tar"):
             for member, place in read_tar(entry.path):
                 yield f"{name}/{member}", place
-        else:
+        elif entry.is_file(follow_symlinks=False) or entry.is_symlink():
+            # Pipes and devices are no files.
             yield name, (entry.path,)
 
 
@@ -834,6 +835,11 @@ def read_bytes(place):
         return file.read(size)
 
 
+def size(place):
+    """The number of bytes at a place of files()."""
+    return os.path.getsize(place[0]) if len(place) == 1 else place[2]
+
+
 def decode(file, pixels=None):
     """A picture's path or open file -> uint8 (H,W,3). Raises what Pillow raises.
 
@@ -850,6 +856,9 @@ def decode(file, pixels=None):
             image = ImageOps.exif_transpose(image)
 
         transparent = "transparency" in image.info
+
+        if image.mode == "I" and image.format == "TIFF":
+            raise ValueError("its pixels are 32-bit numbers of unknown range")
 
         # 16-bit grey, which convert() would clip at 255. One of its values may be transparent.
         if image.mode.startswith("I"):
@@ -1090,10 +1099,22 @@ def record(metric, value, reference, n_real, n_fake, preprocessing=None, weights
             "pillow": Image.__version__}}
 
     told = [f"{key} {fact}" for key, fact in facts.items() if fact is not None]
-    print(f"{metric} {value:.6f}", *told, sep="  ")
+    tell("  ".join([f"{metric} {value:.6f}", *told]))
 
     # JSON has no infinity.
     return {"metric": metric, "value": value if math.isfinite(value) else str(value), **facts}
+
+
+def tell(line):
+    """Print a line. Where nobody reads it, as after `| head`, go on. UserError where it cannot be
+    written, as on a full disk."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        # What print has kept would be written again at the end: it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise UserError(f"standard output: {error.strerror}; give another place") from None
 
 
 # ---- Command line
@@ -1165,6 +1186,8 @@ def main(argv=None):
     """Scores from the command line."""
     parser = options()
     args = parser.parse_args(argv)
+    if "" in (args.real, args.fake):
+        parser.error("REAL or FAKE is empty; give the name of a folder, .tar or .npz")
     if args.pairs and args.save_stats:
         parser.error("--save-stats does not go with --pairs")
     if args.save_stats and not is_npz(args.save_stats):
@@ -1186,6 +1209,8 @@ def main(argv=None):
             write_file(args.json, lambda file: file.write(text.encode()))
     except UserError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

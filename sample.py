@@ -348,8 +348,9 @@ class Pictures(torch.utils.data.Dataset):
     pictures[i] -> (uint8 (3,pixels,pixels), i). In the place of a picture that cannot be read
     stands the next one that can, with its own number. names: the pictures' paths within the source.
     labels (N,) long. class_names: the top folders, sorted, [] where there are none. fingerprint: a
-    SHA-256 of the names. Raises UserError where there are no pictures, or where only some of them
-    lie in class folders."""
+    SHA-256 of the names, and of the sizes of up to 1,000 files, so that other pictures of the same
+    names are noticed. Raises UserError where there are no pictures, or where only some of them lie
+    in class folders."""
 
     def __init__(self, source, pixels, ranks=None):
         self.source = str(Path(source).resolve())
@@ -363,20 +364,23 @@ class Pictures(torch.utils.data.Dataset):
             )
         if left_out and (ranks is None or ranks.main):
             tell(f"{source}: left out {fid.listed(left_out)}")
-        self.set_up(pixels, names, top_folders(source, names))
+        some = names[:: math.ceil(len(names) / 1000)]
+        sizes = [fid.size(self.found[name]) for name in some]
+        self.set_up(pixels, names, top_folders(source, names), sizes)
 
     def find(self):
         """{name: place} of all files of the source, see fid.files."""
         return fid.files(self.source)
 
-    def set_up(self, pixels, names, folders):
-        """What all sets of pictures have. folders: of each picture that of its class, or []."""
+    def set_up(self, pixels, names, folders, sizes=()):
+        """What all sets of pictures have. folders: of each picture that of its class, or []. sizes:
+        of some files, in bytes."""
         self.pixels = pixels
         self.names = names
         self.class_names = sorted(set(folders))
         number = {name: i for i, name in enumerate(self.class_names)}
         self.labels = torch.tensor([number[name] for name in folders] or [0] * len(names))
-        text = "\n".join([str(pixels), *names])
+        text = "\n".join([str(pixels), *names, *map(str, sizes)])
         self.fingerprint = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
         # A small set of decoded pictures stays in memory.
         self.small = len(names) * 3 * pixels**2 <= 2**28
@@ -551,15 +555,17 @@ def write_tokens(folder, model, pictures, ranks, flip=False, workers=0):
     """Encode every picture once. After this no picture is opened: stage 2 reads only FOLDER's
     tokens.npy, float16 (N,V,K,D), and tokens.pt, which says what they are. Raises UserError."""
     about = Path(folder, "tokens.pt")
-    if ranks.main:
-        # From here on there are no tokens, until all are done.
-        about.unlink(missing_ok=True)
     path = Path(folder, "tokens.npy")
+    new = Path(folder, "tokens-new.npy")
     read = compute_once(
-        [path], lambda images: [model.tokenizer(images)], pictures, ranks, flip, workers
+        [new], lambda images: [model.tokenizer(images)], pictures, ranks, flip, workers
     )
     if ranks.main:
-        mean, std = statistics(np.load(path, mmap_mode="r"))
+        # Tokens that are there already stay until these are done.
+        about.unlink(missing_ok=True)
+        os.replace(new, path)
+        tokens = np.load(path, mmap_mode="r")
+        mean, std = statistics(tokens)
         made_by = digest(model.tokenizer)
         content = {
             "kind": "tokens",
@@ -569,6 +575,8 @@ def write_tokens(folder, model, pictures, ranks, flip=False, workers=0):
             "source": pictures.source,
             "mean": mean,                                           # (1,K,D)
             "std": std,
+            "shape": tokens.shape,                                  # (N,V,K,D)
+            "first": torch.from_numpy(tokens[0].copy()),            # (V,K,D)
             "tokenizer": made_by,
             "fingerprint": f"{pictures.fingerprint} {flip} {made_by}",
         }
@@ -633,6 +641,14 @@ class Parser(argparse.ArgumentParser):
             kwargs.setdefault("metavar", metavar)
         self.section.add_argument(name, default=default, help=help, **kwargs)
 
+    def parse_args(self, args=None):
+        """Raises UserError also where a value is "", as an unset variable of a shell gives."""
+        found = super().parse_args(args)
+        for name, value in vars(found).items():
+            if value == "" or isinstance(value, list) and "" in value:
+                self.error(f"--{name.replace('_', '-')} is empty; give a value or leave it out")
+        return found
+
     def error(self, message):
         raise UserError(f"{message}; see --help")
 
@@ -662,6 +678,8 @@ INTERRUPTED = 130
 def guarded(main, less_memory="use a smaller --batch"):
     """Call main(). An error that a user can correct ends in one line and status 2, any other in its
     traceback. less_memory: what to do where the device's memory does not suffice."""
+    # Until a trainer's loop answers SIGTERM itself, it is like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.redirect_stdout(Output(sys.stdout)) as out:
         with contextlib.redirect_stderr(Output(sys.stderr)):
             try:
@@ -683,8 +701,10 @@ def refuse(error, less_memory):
     if isinstance(error, torch.OutOfMemoryError):
         message = f"{message.split('. ')[0]}; {less_memory}"
     elif isinstance(error, OSError):
-        known = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-        if error.errno not in known:
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        closed = (errno.EACCES, errno.EPERM, errno.EROFS)
+        wrong = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+        if error.errno not in (*full, *closed, *wrong):
             raise error
         place = error.filename or "the disk"
         message = f"{place}: {error.strerror}; make room, or give another path"
@@ -698,16 +718,19 @@ def refuse(error, less_memory):
 
 
 class Output:
-    """A stream that goes on when nobody reads it any more, as after `| head`: a training must not
-    end by what it prints."""
+    """A stream that goes on when nobody reads it any more, as after `| head`, or when it was closed
+    from the start: a training must not end by what it prints."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
+        encoding = self.stream.encoding or "utf-8"
+        # Characters that the terminal's encoding lacks, in the names of classes, become \\u codes.
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
         with self.going_on():
             self.stream.write(text)
 
@@ -851,6 +874,7 @@ def options():
         None,
         "generate these classes, by name or number, one row each",
         nargs="+",
+        action="extend",
         metavar="CLASS",
     )
     p.add(
@@ -869,9 +893,16 @@ def options():
         None,
         "generate from text features (L,C) made beforehand, .npz, a row each",
         nargs="+",
+        action="extend",
+        metavar="FILE",
     )
     p.add(
-        "--reconstruct", None, "encode and decode these pictures, or those of a folder", nargs="+"
+        "--reconstruct",
+        None,
+        "encode and decode these pictures, or those of a folder",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
     )
     p.add("--interpolate", None, "two pictures; eight steps between their tokens", nargs=2)
     p.add(
@@ -943,6 +974,8 @@ def options():
         raise UserError("--save does not go together with --interpolate or --export; leave it out")
     if args.cfg_interval[0] > args.cfg_interval[1]:
         raise UserError("--cfg-interval: the first time must not be after the second")
+    if args.export and Path(args.export).resolve() == Path(args.ckpt).resolve():
+        raise UserError(f"--export {args.export}: is --ckpt itself, which it would replace")
     for name in ("out", "export"):
         path = getattr(args, name)
         if path and (not Path(path).parent.is_dir() or Path(path).is_dir()):
@@ -991,7 +1024,10 @@ def draw(model, args):
         between = model.decode(tokens, args.decoder_steps, noise).cpu()  # (8,3,S,S)
         rows = [torch.cat([images[:1], between, images[1:]])]
     elif args.reconstruct:
-        places = places_of(args.reconstruct)[:16]
+        places = places_of(args.reconstruct)
+        if len(places) > 16:
+            names = f", of the first 16 of {len(places)}; --save writes all"
+        places = places[:16]
         images = to_float(read_pictures(places, model.pixels))      # (B,3,S,S)
         noise = model.noise(range(args.seed, args.seed + len(images)))
         rows = [images, model.decode(model.encode(images), args.decoder_steps, noise)]
@@ -1013,9 +1049,12 @@ def places_of(sources):
     places = []
     for source in sources:
         if Path(source).is_dir() or source.lower().endswith(".tar"):
-            for name, place in fid.files(source).items():
+            found = fid.files(source)
+            for name, place in found.items():
                 if name.lower().endswith(fid.SUFFIXES):
                     places.append(place)
+            if fid.left_out(found):
+                tell(f"{source}: left out {fid.listed(fid.left_out(found))}")
         else:
             places.append((source,))
     if not places:
@@ -1052,14 +1091,16 @@ def requests(model, args):
                 f"{[(*text.shape,) for text, _ in rows]}"
             )
         return "features", rows
+    if not model.mixer.cross:
+        if args.prompt or args.prompts:
+            raise UserError("--prompt: this checkpoint takes classes, no text; give --classes")
+        return "classes", class_numbers(model, args.classes, most=None if args.save else 10)
     prompts = args.prompt or []
     if args.prompts:
         with fid.naming(f"--prompts {args.prompts}: cannot be read; expected a prompt a line"):
             # utf-8-sig passes over the mark with which some editors begin a file.
             lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
         prompts = [line for line in lines if line.strip()]
-    if not prompts and not model.mixer.cross:
-        return "classes", class_numbers(model, args.classes, most=None if args.save else 10)
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError("this checkpoint takes text: give --prompt with some words in it")
     if model.text:

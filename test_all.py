@@ -1394,10 +1394,11 @@ def test_class_folders(tmp_path, monkeypatch):
     for name in "ab":
         (links / name).symlink_to(tmp_path / "f" / name)
     stat = Mock(side_effect=os.stat)
+    # Links to folders are followed.
+    assert sample.Pictures(str(links), 16).class_names == ["a", "b"]
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", stat)
-        # Links to folders are followed.
-        assert sample.Pictures(str(links), 16).class_names == ["a", "b"]
+        assert len(fid.files(str(links))) == 4
         # A million take seconds.
         assert not any(str(call.args[0]).endswith(".png") for call in stat.call_args_list)
     Image.new("RGB", (9, 9)).save(links / "stray.png")
@@ -1720,10 +1721,10 @@ def test_cache_is_what_the_networks_give(trained, tmp_path):
         assert number == 7 and torch.allclose(z0[:1].float(), model.tokenizer.z0(x), atol=5e-3)
 
 
-def test_fresh_reads_pictures_again(trained, tmp_path):
+def test_fresh_reads_pictures_again(trained, tmp_path, capsys):
     """After --fresh, cache and tokens are those of pictures that were replaced under their names.
 
-    Without it, a finished run and its tokens stay as they are."""
+    Without it, other pictures are refused, by the sizes of their files, and all stays as it is."""
     data = shutil.copytree(trained / "data" / "heart", tmp_path / "data")
     args = ["--data", data, "--out", tmp_path, "--encoder", trained / "out" / "encoder.pt"]
     args += [*QUICK1[2:], "--batch", 2, "--steps", 1]
@@ -1732,13 +1733,27 @@ def test_fresh_reads_pictures_again(trained, tmp_path):
     before = {path: np.load(path) for path in kept}
     for path in data.glob("*.png"):
         Image.new("RGB", (16, 16), "orange").save(path)
-    inside("train_stage1.py", *args)
-    assert len(kept) == 4 and all(np.array_equal(np.load(path), before[path]) for path in kept)
+    said = refusal("train_stage1.py", args, capsys)
+    assert "the pictures" in said and "--fresh" in said
+    assert len(kept) == 5 and all(np.array_equal(np.load(path), before[path]) for path in kept)
     inside("train_stage1.py", *args, "--fresh")
-    for path in kept:
-        after = np.load(path)
-        assert "logvar" in path.name or not np.array_equal(after, before[path]), path
-        assert np.abs(after - after[:1]).max() < 1e-2, path  # all pictures are the same now
+    again = {*tmp_path.glob("*.npy")} - {*kept}
+    assert len(again) == 4
+    for path in (*again, tmp_path / "tokens.npy"):
+        if "read" not in path.name:  # all pictures are the same now
+            assert np.abs(np.load(path) - np.load(path)[:1]).max() < 1e-2, path
+    # Copied elsewhere, they are the same pictures.
+    copy = shutil.copytree(data, tmp_path / "copy")
+    a, b = (sample.Pictures(str(folder), 16).fingerprint for folder in (data, copy))
+    assert a == b
+
+
+def test_a_picture_that_was_damaged_when_the_cache_was_made():
+    """A picture that can be read again has no row of its own: its neighbour stays in its place."""
+    pictures = [("picture 0", 0), ("picture 1", 1)]
+    rows = np.array([[1.0], [1.0]])  # of picture 1, both
+    data = one.Cached(pictures, [rows], np.array([1, 1]))
+    assert data[0][:2] == ["picture 1", 1] and data[1][:2] == ["picture 1", 1]
 
 
 def test_a_pass_over_all_pictures_is_complete_or_absent(trained, tmp_path):
@@ -2000,6 +2015,27 @@ def test_a_run_goes_on_when_nobody_reads_its_output(trained, tmp_path, closed):
     assert (tmp_path / "tokens.pt").exists() and "Traceback" not in f"{output}"
 
 
+def test_a_terminal_without_some_letters_or_none_at_all():
+    """What a terminal's encoding lacks is printed as a code; without a terminal nothing is."""
+    bytes = io.BytesIO()
+    terminal = sample.Output(io.TextIOWrapper(bytes, "ascii"))
+    terminal.write("a кошка\udcff")
+    terminal.flush()
+    assert bytes.getvalue() == rb"a \u043a\u043e\u0448\u043a\u0430\udcff"
+    sample.Output(None).write("goes nowhere")
+
+
+def test_sigterm_before_the_first_step(trained, tmp_path):
+    """A signal while the encoder is trained ends the run in one line and status 130."""
+    args = ["--data", trained / "data", "--out", tmp_path, "--pretrain-steps", 100_000]
+    process = launch("train_stage1.py", *args)
+    while process.poll() is None and not (tmp_path / "stage1.png").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and error.endswith("interrupted\n"), error
+
+
 # ---- train_stage1.py and train_stage2.py: ranks
 @pytest.mark.parametrize("script", ["train_stage1.py", "train_stage2.py"])
 def test_two_ranks_equal_one_process(trained, whole, tmp_path, script):
@@ -2031,6 +2067,23 @@ def test_stage_2_opens_no_picture(trained, tmp_path, capsys):
     inside("train_stage1.py", "--data", trained / "data", "--out", longer, *QUICK1, "--steps", 7)
     said = refusal("train_stage2.py", ["--out", longer, *QUICK2, "--steps", 7], capsys)
     assert "stage2.pt: the pictures, or their tokens, are not those" in said and "--fresh" in said
+    # Tokens of other pictures, more of them or as many, beside this tokens.pt.
+    array = np.load(tmp_path / "tokens.npy")
+    for wrong in (array[:30], np.concatenate([array, array]), array[::-1], array[..., :5]):
+        np.save(tmp_path / "tokens.npy", wrong)
+        said = refusal("train_stage2.py", ["--out", tmp_path, *QUICK2], capsys)
+        assert "other tokens than those" in said
+    # An --encode that fails leaves tokens as they were.
+    before = (tmp_path / "tokens.npy").read_bytes(), (tmp_path / "tokens.pt").read_bytes()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        (tmp_path / "bad" / name).write_text("no picture")
+    bad = ["--ckpt", tmp_path / "stage1.pt", "--encode", tmp_path / "bad", "--save", tmp_path]
+    with pytest.raises(SystemExit):
+        inside("sample.py", *bad)
+    assert "not one of its 2 pictures" in capsys.readouterr().err
+    after = (tmp_path / "tokens.npy").read_bytes(), (tmp_path / "tokens.pt").read_bytes()
+    assert after == before
     (tmp_path / "tokens.pt").unlink()
     assert "--encode PICTURES" in refusal("train_stage2.py", ["--out", tmp_path, *QUICK2], capsys)
 
@@ -2330,7 +2383,7 @@ def test_checkpoints_with_time_the_other_way_are_refused():
 
 
 # ---- sample.py: commands, --export, and bad input to every script
-def test_sample_commands(trained, tmp_path):
+def test_sample_commands(trained, tmp_path, capfd):
     """Each command of sample.py writes a picture of its size; an export draws the same samples.
 
     But for the rounding to float16, in which the export is less than a quarter as large. bfloat16
@@ -2346,6 +2399,10 @@ def test_sample_commands(trained, tmp_path):
     ]:
         inside("sample.py", *ckpt, *args, "--out", tmp_path / "s.png")
         assert Image.open(tmp_path / "s.png").size == (64 * size[0], 64 * size[1])
+    assert "the first 16 of 40" in capfd.readouterr().out
+    twice = ["--classes", "heart", "--classes", "star", "--out", tmp_path / "s.png"]
+    inside("sample.py", *ckpt, *twice)
+    assert "heart, star" in capfd.readouterr().out
     inside("sample.py", *ckpt, "--export", tmp_path / "small.pt")
     a, b = RepTok.load(ckpt[1]), RepTok.load(tmp_path / "small.pt")
     a, b = (model.generate(torch.arange(3), steps=2) for model in (a, b))
@@ -2377,7 +2434,10 @@ BAD = {  # options, with {names} of files, and what the sentence says
         --ckpt {stage1}: stage 1; {c} --reconstruct {text}: text.png; {c} --reconstruct {gone}: gone
         {c} --reconstruct {text} --interpolate a b: --interpolate
         {c} --features {features}: no text
-        {c} --prompt x: no text; {c} --out {gone}/a.png: --out; {c} --out {empty}: --out
+        {c} --prompt x: no text; {c} --prompts {blank}: no text
+        {c} --export {stage2}: --ckpt itself
+        --ckpt {long}: too long; {c} --out {long}.png: too long
+        {c} --out {gone}/a.png: --out; {c} --out {empty}: --out
         {c} --classes \u00b2: --classes; {c} --clip a --bpe b: --clip
         {c} --per-class 0: --per-class
         {c} --save s --export e.pt: --export; {c} --encode {empty}: --save; {c} --flip: --flip
@@ -2393,11 +2453,13 @@ def test_bad_input(trained, tmp_path, monkeypatch, capsys):
     paths = {name: out / f"{name}.pt" for name in ("stage1", "stage2", "encoder")}
     paths |= {
         n.split(".")[0]: tmp_path / n
-        for n in ("empty", "gone", "text.png", "half.pt", "features.npz")
+        for n in ("empty", "gone", "text.png", "half.pt", "features.npz", "blank.txt", "x" * 300)
     }
+    paths["long"] = paths.pop("x" * 300)
     paths |= {"c": f"--ckpt {paths['stage2']}", "d": f"--data {trained / 'data'}"}
     paths["empty"].mkdir()
     paths["text"].write_text("no picture")
+    paths["blank"].write_text(" \n\n")
     paths["half"].write_bytes((out / "stage2.pt").read_bytes()[:5000])
     np.savez(paths["features"], features=np.zeros((3, 6), np.float32))
     for script, lines in BAD.items():
@@ -2405,6 +2467,12 @@ def test_bad_input(trained, tmp_path, monkeypatch, capsys):
             args, says = line.strip().rsplit(": ", 1)
             where = [] if script == "sample.py" else ["--out", tmp_path / "new"]
             assert says in refusal(script, [*args.format(**paths).split(), *where], capsys), args
+    # As an unset variable of a shell gives it.
+    for script, option in (("train_stage1", "--data"), ("train_stage2", "--captions")):
+        assert f"{option} is empty" in refusal(f"{script}.py", [option, ""], capsys)
+    ckpt = ["--ckpt", paths["stage2"]]
+    for args in (["--save", ""], ["--classes", "heart", ""]):
+        assert f"{args[0]} is empty" in refusal("sample.py", [*ckpt, *args], capsys)
     assert not list(tmp_path.glob("new/*.pt"))
     if not torch.cuda.is_available():
         assert "--device cuda" in refusal(
@@ -3067,6 +3135,31 @@ def test_pictures_of_unknown_formats_are_counted(tmp_path, capsys):
 
 
 # ---- fid.py: the command
+def test_pipes_are_no_pictures_and_32_bit_tiffs_are_refused(tmp_path):
+    """A pipe with the name of a picture is left out: reading it would wait for ever. 32-bit grey,
+    whose white nobody states, is refused."""
+    save_tree(tmp_path / "a", [(8, 8)] * 2)
+    os.mkfifo(tmp_path / "a" / "0" / "pipe.png")
+    assert list(fid.files(tmp_path / "a")) == ["0/000.png", "1/001.png"]
+    Image.fromarray(np.full((8, 8), 200, np.int32)).save(tmp_path / "grey.tiff")
+    with pytest.raises(ValueError, match="32-bit"):
+        fid.decode(tmp_path / "grey.tiff")
+
+
+def test_fid_where_nobody_reads_its_scores(tmp_path):
+    """A broken pipe does not keep --json from being written; a full disk is told in one line."""
+    np.savez(tmp_path / "s.npz", mu=np.zeros(5), sigma=np.eye(5))
+    line = [sys.executable, HERE / "fid.py", "s.npz", "s.npz"]
+    with subprocess.Popen([*line, "--json", "j"], cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        process.stdout.close()
+    assert process.returncode == 0 and json.loads((tmp_path / "j").read_text())[0]["value"] == 0
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(line, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "No space" in run.stderr
+    run = subprocess.run([*line[:2], "", "s.npz"], stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 2 and "is empty" in run.stderr and run.stderr.count("\n") == 1
+
+
 def test_fid_command(tmp_path, inception, capsys, monkeypatch):
     """The command gives the known FID of two folders, and says what it depends on.
 

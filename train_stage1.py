@@ -263,29 +263,37 @@ def cached(pictures, model, args, ranks, workers):
     networks = (model.tokenizer.original or model.tokenizer.vit, model.vae)
     what = f"{pictures.fingerprint} {args.flip} {args.dtype} {model.tokenizer.positions}"
     mark = hashlib.sha256(f"{what} {sample.digest(*networks)}".encode()).hexdigest()[:12]
-    names = ("mean", "logvar", "z0")
+    names = ("mean", "logvar", "z0", "read")
     paths = [Path(args.out, f"cache-{mark}-{name}.npy") for name in names]
     if args.fresh or not all(path.exists() for path in paths):
         # No process may write before all have looked whether the files are there.
         ranks.barrier()
-        sample.compute_once(
-            paths, lambda x: run_frozen(model, x), pictures, ranks, args.flip, workers
+        read = sample.compute_once(
+            paths[:3], lambda x: run_frozen(model, x), pictures, ranks, args.flip, workers
         )
-    return Cached(pictures, [np.load(path, mmap_mode="r") for path in paths])
+        if ranks.main:
+            fid.write_file(paths[3], lambda file: np.save(file, read.numpy()))
+        ranks.barrier()
+    *arrays, read = [np.load(path, mmap_mode="r") for path in paths]
+    return Cached(pictures, arrays, read)
 
 
 class Cached(torch.utils.data.Dataset):
-    """Pictures with the rows of mapped arrays (N,V,...): [i] -> image, number, tensors (V,...)."""
+    """Pictures with the rows of mapped arrays (N,V,...): [i] -> image, number, tensors (V,...).
 
-    def __init__(self, pictures, arrays):
+    read (N,): which picture was read when row i was computed, another than i where i was damaged.
+    """
+
+    def __init__(self, pictures, arrays, read):
         self.pictures = pictures
         self.arrays = arrays
+        self.read = read
 
     def __len__(self):
         return len(self.pictures)
 
     def __getitem__(self, i):
-        x, j = self.pictures[i]
+        x, j = self.pictures[int(self.read[i])]
         rows = [torch.from_numpy(array[j].copy()) for array in self.arrays]
         return [x, j, *rows]
 

@@ -184,7 +184,14 @@ def load_tokens(args, model):
             "train_stage1.py to its end, or sample.py --encode again"
         )
     with fid.naming(f"{path.with_suffix('.npy')}: not whole", "; run sample.py --encode again"):
-        return np.load(path.with_suffix(".npy"), mmap_mode="r"), about
+        tokens = np.load(path.with_suffix(".npy"), mmap_mode="r")
+        first = torch.from_numpy(tokens[:1].copy())
+    if tokens.shape != tuple(about["shape"]) or not torch.equal(first[0], about["first"]):
+        raise UserError(
+            f"{path.with_suffix('.npy')}: other tokens than those that {path} describes; run "
+            "sample.py --encode again"
+        )
+    return tokens, about
 
 
 def build(model, args, about, texts, ranks):
