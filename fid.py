@@ -690,8 +690,11 @@ def tar_tree(path):
 
 
 def add_member(tree, member, path):
-    """Put a member of a .tar into the tree. ValueError where its bytes are not in one piece."""
-    parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
+    """Put a member of a .tar into the tree. ValueError where its bytes are not in one piece, or
+    where its name climbs: without its "..", it could take another member's place."""
+    parts = [part for part in member.name.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise ValueError(f"{member.name} climbs out of a folder; write it under another name")
     if not parts:
         return
     folder = tree

@@ -3146,6 +3146,15 @@ def test_pipes_are_no_pictures_and_32_bit_tiffs_are_refused(tmp_path):
         fid.decode(tmp_path / "grey.tiff")
 
 
+def test_members_of_a_tar_that_climb_are_refused(tmp_path):
+    """b.png and ../b.png are two pictures. Neither may silently take the other's place."""
+    save_tree(tmp_path / "a", [(8, 8)])
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("b.png", "../b.png"):
+            tar.add(tmp_path / "a" / "0" / "000.png", name)
+    refuses("../b.png climbs", fid.files, tmp_path / "a.tar")
+
+
 def test_fid_where_nobody_reads_its_scores(tmp_path):
     """A broken pipe does not keep --json from being written; a full disk is told in one line."""
     np.savez(tmp_path / "s.npz", mu=np.zeros(5), sigma=np.eye(5))
