@@ -1472,7 +1472,9 @@ def test_the_trainer_is_a_plain_loop(trained, tmp_path, monkeypatch):
     d = dec.Decoder(
         **one.SIZES["nano"]["decoder"], channels=3, size=16, token_dim=128, predict="data"
     )
-    optimizer = torch.optim.AdamW([t.embedding, *d.parameters()], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [t.embedding, *d.parameters()], betas=(0.9, 0.95), weight_decay=0.0
+    )
     permutation = np.random.default_rng([0, 0]).permutation(40)
     for step in range(5):
         x, draw = (
@@ -1994,7 +1996,7 @@ def test_lr_and_dtype_may_change_and_a_line_says_so(trained, tmp_path, capsys):
     assert "--warmup is 0 but was 50" in refusal("train_stage1.py", args, capsys)
     inside("train_stage1.py", *args[:-2], "--lr", 1e-4, "--dtype", "bfloat16")
     said = capsys.readouterr().err
-    assert "--lr is 0.0001 from step 6 on; it was 0.003" in said
+    assert "--lr is 0.0001 from step 6 on; it was 0.005" in said
     assert "--dtype is bfloat16 from step 6 on; it was float32" in said
     rows = [json.loads(line) for line in (out / "stage1.jsonl").read_text().splitlines()]
     assert rows[5]["lr"] > 20 * rows[6]["lr"] > 0 and len(rows) == 8

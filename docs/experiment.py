@@ -76,8 +76,9 @@ def experiment(folder, seeds, names, options=("", "")):
     plot(path.with_suffix(".png"), rows, "neighbours by z, %", "PSNR from z")
     shown = judge.real[:20]
     drawings = [shown]
-    for name in dict.fromkeys(row["row"] for row in rows):
-        model = RepTok.load(next(folder.glob(f"{name}-[0-9]*")) / "stage2.pt")
+    # Of every row the network with the seed that was scored last.
+    for name, seed in {row["row"]: row["seed"] for row in rows}.items():
+        model = RepTok.load(folder / f"{name}-{seed}" / "stage2.pt")
         drawings.append(model.decode(model.encode(shown), steps=20))
     sample.save_grid(folder / "rows_shapes.png", drawings)
 
