@@ -183,6 +183,11 @@ def load_tokens(args, model):
             f"{path}: made by another tokenizer than that of --stage1 {args.stage1}; run "
             "train_stage1.py to its end, or sample.py --encode again"
         )
+    if not {"shape", "first"} <= about.keys():
+        raise UserError(
+            f"{path}: made by an older version of this code; delete it and run train_stage1.py or "
+            "sample.py --encode again, which write it anew"
+        )
     with fid.naming(f"{path.with_suffix('.npy')}: not whole", "; run sample.py --encode again"):
         tokens = np.load(path.with_suffix(".npy"), mmap_mode="r")
         first = torch.from_numpy(tokens[:1].copy())

@@ -83,10 +83,10 @@ class Judge:
     """Scores of images (B,3,16,16) in [-1,1].
 
     known, held_out: (uint8 pictures, labels) to learn reading from, and to hold against. No model
-    has seen them."""
+    has seen them. steps: of the reader's training."""
 
-    def __init__(self, known, held_out):
-        self.read = train_reader(*known)
+    def __init__(self, known, held_out, steps=1200):
+        self.read = train_reader(*known, steps)
         self.known = sample.to_float(known[0])
         self.known_labels = known[1]
         self.real = sample.to_float(held_out[0])

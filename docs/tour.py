@@ -1,6 +1,6 @@
 """The pictures of docs/tour.md, made again.
 
-python -m docs.tour out/stage2.pt        # in the folder of the repository
+python -m docs.tour        # in the folder of the repository; writes docs/tour_1.png to tour_10.png
 """
 
 import contextlib
@@ -10,13 +10,12 @@ import tempfile
 from pathlib import Path
 
 import sample
-from sample import RepTok
 
 DOCS = Path(__file__).parent
 
 
 def tour(folder):
-    """Run the blocks of docs/tour.md in order, in `folder`, where out/stage2.pt is and their
+    """Run the blocks of docs/tour.md in order, in `folder`, where docs/shapes.pt is and their
     pictures will be.
 
     Returns how many there are."""
@@ -29,20 +28,13 @@ def tour(folder):
     return len(blocks)
 
 
-def options():
-    """The command line."""
-    p = sample.Parser(__doc__)
-    p.add_argument("ckpt", help="a stage-2 checkpoint of the demo")
-    return p.parse_args()
-
-
 def main():
-    """Run the tour on the checkpoint of the command line and copy its pictures into docs/."""
-    args = options()
-    RepTok.load(args.ckpt)  # refuses what is none
+    """Run the tour in a temporary folder and copy its pictures into docs/."""
+    # There are no options; others are refused.
+    sample.Parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "out").mkdir()
-        shutil.copy(args.ckpt, Path(folder, "out", "stage2.pt"))
+        Path(folder, "docs").mkdir()
+        shutil.copy(DOCS / "shapes.pt", Path(folder, "docs"))
         tour(folder)
         for path in Path(folder).glob("tour_*.png"):
             shutil.copy(path, DOCS)
