@@ -1136,7 +1136,7 @@ def class_numbers(model, wanted, most):
         if name not in number:
             raise UserError(
                 f"--classes {name}: no such class; use {', '.join([*number][:10])}"
-                f"{', ...' if len(number) > 10 else ''}"
+                f"{', ...' if count > 10 else ''}"
             )
     return [number[name] for name in wanted]
 

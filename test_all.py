@@ -2212,6 +2212,9 @@ def test_text_to_image_commands(trained, tmp_path, capsys):
 
     for out, more in (("words", []), ("again", ["--accumulate", 2])):
         inside("train_stage2.py", *start(tmp_path / "shards"), "--out", tmp_path / out, *more)
+    assert f"next: python sample.py --ckpt {tmp_path / 'again' / 'stage2.pt'} --prompt WORDS" in (
+        capsys.readouterr().out
+    )
     want, got = (losses(tmp_path / out / "stage2.jsonl") for out in ("words", "again"))
     assert len(want) == 6 and all(abs(got[step] - want[step]) < 1e-5 for step in want)
     ckpt, pairs = tmp_path / "words" / "stage2.pt", tmp_path / "pairs"

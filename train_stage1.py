@@ -648,7 +648,7 @@ class Log:
         rate = round(self.args.batch / seconds, 1)
         told = self.first + 50
         # Once, when the speed is known.
-        if self.ranks.main and before < told <= step:
+        if self.ranks.main and before < told <= step < self.args.steps:
             left = tqdm.format_interval(seconds * (self.args.steps - step))
             sample.tell(f"{rate} images/s: {left} left; for less time, reduce --steps or --size")
         self.bar.set_postfix_str(

@@ -164,7 +164,11 @@ def main():
     if step + 1 < args.steps:
         shared.exit_interrupted(out, step + 1, args, ranks)
     if ranks.main:
-        print(f"{out}: flow loss {log.loss:.4f}; next: python sample.py --ckpt {out}")
+        # What a Mixer of text generates from.
+        text = ""
+        if model.mixer.cross:
+            text = " --prompt WORDS" if model.text else " --features FILE.npz"
+        print(f"{out}: flow loss {log.loss:.4f}; next: python sample.py --ckpt {out}{text}")
 
 
 # ---- Below: tokens, the Mixer of a run, text, and the command line
