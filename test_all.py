@@ -3870,15 +3870,15 @@ def test_the_trained_model_keeps_its_scores():
     the day of the training; the tolerances are for other machines' rounding."""
     known = score.shapes(1500, score.READER)[:2]
     held_out = score.shapes(200, score.HELD_OUT)[:2]
-    judge = score.Judge(known, held_out, steps=300)
+    judge = score.Judge(known, held_out, steps=200)
     assert judge.right(judge.real, judge.labels)[0] >= 98
     model = RepTok.load(HERE / "docs" / "shapes.pt")
     scores = score.measure(model, judge, decoder_steps=5, steps=20, per_class=20)
     # Decibels, then percentages; two pictures are 1 %.
     assert abs(scores["PSNR from z"] - 26.87) < 0.1
     assert abs(scores["PSNR from z0"] - 14.73) < 0.1
-    assert abs(scores["reconstructed, read right, %"] - 99.5) <= 2
-    assert abs(scores["generated, read right, %"] - 99.0) <= 3
+    assert abs(scores["reconstructed, read right, %"] - 100) <= 2
+    assert abs(scores["generated, read right, %"] - 99.5) <= 3
     assert scores["neighbours by z, %"] >= 99
 
 

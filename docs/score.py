@@ -272,6 +272,7 @@ def write(folder, count, seed):
         path = Path(folder, plan.shape, f"{i:06d}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(one.draw_shape(plan, 16)).save(path)
+    print(f"{folder}: {count} pictures, a folder for each shape")
 
 
 def main():
