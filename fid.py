@@ -990,15 +990,30 @@ def partners(real, fake, names_real, names_fake):
     return sorted(pairs)
 
 
+def load_lpips(vgg, heads, device):
+    """LPIPS with weights from two files, on `device`.
+
+    None and a warning where the usual places are meant and hold none: PSNR and SSIM need no
+    weights. Raises UserError, a ValueError, where a file that was named is missing, or is wrong.
+    """
+    missing = [path for path in (vgg, heads) if not os.path.exists(path)]
+    if missing and (vgg, heads) == (VGG, HEADS):
+        warn(f"LPIPS is left out, because its weights are missing: {' and '.join(missing)}; "
+             f"get them from {' and '.join(URLS[1:])}, or give --vgg and --lpips")
+        return None
+    return LPIPS(vgg, heads).to(device)
+
+
 def score_pairs(real, fake, lpips, device):
     """Records of PSNR, SSIM and LPIPS of the pictures with the same name, see partners.
 
-    `lpips` is (path of VGG16, path of the heads). Raises UserError, a ValueError.
+    `lpips` is (path of VGG16, path of the heads); load_lpips says when there is no record of it.
+    Raises UserError, a ValueError.
     """
     names_real, read_real = pictures(real)
     names_fake, read_fake = pictures(fake)
     pairs = partners(real, fake, names_real, names_fake)
-    net = LPIPS(*lpips).to(device)
+    net = load_lpips(*lpips, device)
 
     def read(pair):
         return read_real(pair[0]), read_fake(pair[1])
@@ -1029,10 +1044,13 @@ def score_pairs(real, fake, lpips, device):
         note = "all pairs are equal"
 
     mean = finite.mean() if len(finite) else math.inf
-    return [
+    records = [
         record("PSNR", mean, real, count, count, note=note),
-        record("SSIM", scores[:, 1].mean(), real, count, count),
-        record("LPIPS", scores[:, 2].mean(), real, count, count, weights=net.sha256)]
+        record("SSIM", scores[:, 1].mean(), real, count, count)]
+    if net:
+        distance = scores[:, 2].mean()
+        records.append(record("LPIPS", distance, real, count, count, weights=net.sha256))
+    return records
 
 
 def score_fid(args, device):
@@ -1165,7 +1183,7 @@ def options():
     add("fake", metavar="FAKE", nargs="?",
         help="what is scored, in any of these forms; not needed with --save-stats")
     add("--pairs", action="store_true",
-        help="not FID but PSNR, SSIM and LPIPS of pictures with the same name")
+        help="not FID but PSNR, SSIM and, with its weights, LPIPS of pictures with the same name")
     add("--resize", choices=("pytorch-fid", "tf1"),
         help="how pictures come to 299 x 299 pixels: pytorch-fid (default), or tf1 for ADM's files")
     add("--batch", metavar="N", type=positive, default=50,

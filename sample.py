@@ -1192,6 +1192,8 @@ def save_reconstructed(model, args, ranks):
         save_files(Path(args.save, "reconstructed"), numbers, fid.to_uint8(images))
     # None leaves before the others are done.
     ranks.barrier()
+    if ranks.main:
+        print(f"{args.save}: {len(places)} pictures in real, as many in reconstructed")
 
 
 def save_generated(model, args, ranks):
@@ -1213,12 +1215,15 @@ def save_generated(model, args, ranks):
                 total += torch.tensor(
                     [score(to_float(images), wanted).sum(), len(numbers)], dtype=torch.float64
                 )
-    cosines, count = ranks.sum(total).tolist()
+    # This waits for the others, too.
+    cosines, scored = ranks.sum(total).tolist()
+    if ranks.main:
+        print(f"{args.save}: {count} pictures in generated")
     if score and ranks.main:
-        cosine = cosines / count
+        cosine = cosines / scored
         print(
             f"CLIP score {100 * cosine:.4f} (100 cos), CLIPScore {2.5 * max(cosine, 0):.4f}, "
-            f"{count:.0f} pictures"
+            f"{scored:.0f} pictures"
         )
 
 
