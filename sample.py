@@ -192,7 +192,7 @@ class RepTok(nn.Module):
         return self.tokenizer(images.to(self.device))
 
     @torch.no_grad()
-    def decode(self, z, steps=50, noise=None, batch=64):
+    def decode(self, z, steps=20, noise=None, batch=64):
         """Tokens (B,K,D) -> images (B,3,S,S) in [-1,1], by `steps` Euler steps of the decoder's
         flow from noise (B,C,size,size); by default picture i starts from seed i, whatever the
         batch."""

@@ -3694,7 +3694,7 @@ def test_readme_commands_run(trained, tmp_path, monkeypatch):
     """The commands marked as tiny run one after another and leave their pictures.
 
     The blocks marked as tiny, line by line, with a few steps and in a folder where their pictures
-    lie."""
+    lie; then the blocks of Python that read what these wrote."""
     for name in ("cats", "dogs"):
         shutil.copytree(trained / "data" / "heart", tmp_path / "my_pictures" / name)
     for name in ("a.jpg", "b.jpg"):
@@ -3708,6 +3708,14 @@ def test_readme_commands_run(trained, tmp_path, monkeypatch):
         inside(f"{script}.py", *line, *TINY_RUN[script])
     made = {path.name for path in tmp_path.rglob("*.p[nt]*")}
     assert {"stage1.png", "stage2.png", "pets.png", "heart.png", "between.png", "small.pt"} <= made
+    blocks = re.findall(r"<!-- own code -->\n```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        names = {}
+        exec(block, names)
+    trained_decoder = RepTok.load("mine/stage2.pt").decoder.state_dict()
+    for name, tensor in names["decoder"].state_dict().items():
+        assert torch.equal(tensor, trained_decoder[name].half().float())
 
 
 def test_tour(tmp_path):

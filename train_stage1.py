@@ -483,7 +483,7 @@ def options():
     p.add(
         "--encoder",
         None,
-        "DINOv2, MAE or CLIP file or name, encoder.pt or 'random'; default: nano's own",
+        "encoder.pt, a file or name of docs/weights.md, or 'random'; default: nano's own",
     )
     p.add("--vae", None, "SD VAE file; default: nano works on pixels")
     p.add("--init", None, "checkpoint (ours or the authors') to fine-tune from")
@@ -497,7 +497,7 @@ def options():
     )
     p.section = p.sections["optimisation"]
     setting("--lam", "lambda, the weight of the cosine term, Eq. 3", type=number(0))
-    setting("--token-lr", "learning rate of the token embedding, in --lr", type=number(0))
+    setting("--token-lr", "learning rate of the token embedding, so many times --lr", type=number(0))
     setting("--predict", "the decoder's output", choices=["velocity", "data"])
     setting("--t-mean", "t = sigmoid(N(this,1)); less than 0 favours noise", type=number(-10, 10))
     p.section = p.sections["rarely needed"]

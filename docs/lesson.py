@@ -1,6 +1,6 @@
 """The picture at the top of the README: what tuning the token brings, then generated shapes.
 
-python -m docs.lesson out/stage2.pt      # in the folder of the repository; writes docs/shapes.png
+python -m docs.lesson out/stage2.pt      # in the folder of the repository; writes lesson.png
 """
 
 import numpy as np
@@ -32,7 +32,7 @@ def options():
     """The command line."""
     p = sample.Parser(__doc__)
     p.add_argument("ckpt", help="a stage-2 checkpoint of the demo")
-    p.add("--out", "docs/shapes.png", "the picture")
+    p.add("--out", "lesson.png", "the picture; that of the README is docs/shapes.png")
     return p.parse_args()
 
 

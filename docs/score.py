@@ -55,7 +55,9 @@ def train_reader(pictures, labels, steps=1200, batch=64):
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
         if before == after:
             layers.append(nn.MaxPool2d(2))
-    body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 128), nn.ReLU())
+    # 4x4 is what pictures of 16x16 have come to.
+    layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 128), nn.ReLU()]
+    body = nn.Sequential(*layers)
     head = nn.Linear(128, int(labels.max()) + 1)
     reader = nn.Sequential(body, head)
 
@@ -287,8 +289,14 @@ def main():
     others = [path for path in args.ckpt if path not in captioned]
     if not others:
         return
+    pixels = RepTok.load(others[0]).pixels if args.pictures else 16
+    for path in others:
+        if RepTok.load(path).pixels != pixels:
+            raise sample.UserError(
+                f"{path} does not draw {pixels}x{pixels} pixels: give --pictures, or score it alone"
+            )
     if args.pictures:
-        sets = [sample.Pictures(path, 16) for path in args.pictures]
+        sets = [sample.Pictures(path, pixels) for path in args.pictures]
         known, held_out = [
             (torch.stack([s.open(i) for i in range(len(s))]), s.labels) for s in sets
         ]
