@@ -497,7 +497,7 @@ def options():
     )
     p.section = p.sections["optimisation"]
     setting("--lam", "lambda, the weight of the cosine term, Eq. 3", type=number(0))
-    setting("--token-lr", "learning rate of the token embedding, so many times --lr", type=number(0))
+    setting("--token-lr", "the token embedding learns so many times faster", type=number(0))
     setting("--predict", "the decoder's output", choices=["velocity", "data"])
     setting("--t-mean", "t = sigmoid(N(this,1)); less than 0 favours noise", type=number(-10, 10))
     p.section = p.sections["rarely needed"]
