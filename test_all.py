@@ -3875,8 +3875,8 @@ def test_experiments(trained, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert [row["row"] for row in rows] == names and "| demo |" in said
     difference = rows[0]["PSNR from z"] - rows[1]["PSNR from z"]
-    assert f"| row minus demo | {experiment.COMPARED[0]}" in said
-    assert f"\n| frozen | {difference:.2f} | 0.00 |" in said
+    assert f"| row minus demo | seeds | {experiment.COMPARED[0]}" in said
+    assert f"\n| frozen | 1 | {difference:.2f} | 0.0 |" in said
     # Each picture is among those known.
     assert all(row["neighbours by z, %"] == 100 for row in rows)
     assert (
@@ -3884,9 +3884,12 @@ def test_experiments(trained, tmp_path, monkeypatch, capsys):
     )
     right = [100 * float(i % 10 == k) for i, k in enumerate(labels.tolist())]
     assert abs(rows[0]["reconstructed, read right, %"] - np.mean(right)) < 1e-6
+    each = rows[0]["each reconstructed"]
+    worst = f"{np.mean(right):.1f}; {one.SHAPES[each.index(min(each))]} {min(each):.0f}"
+    assert f"| {worst} |" in said.split("| frozen | 1 |")[1].split("\n")[0]
     assert Image.open(tmp_path / "rows.png").size == (900, 560)
     # Shapes, frozen, demo.
-    assert Image.open(tmp_path / "rows_shapes.png").size == (20 * 64, 3 * 64)
+    assert Image.open(tmp_path / "rows_shapes.png").size == (150 + 20 * 48, 3 * 48 + 12)
     monkeypatch.setattr(experiment, "run", Mock(side_effect=RuntimeError))
     experiment.experiment(tmp_path, [0], names, tiny)
 

@@ -20,19 +20,21 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import sample
+from docs.lesson import save_rows
 from docs.score import HELD_OUT, READER, Judge, measure, shapes
 from sample import RepTok
+from train_stage1 import SHAPES
 
 ROOT = Path(sample.__file__).parent
 ENCODER = ROOT / "docs" / "encoder.pt"
 ROWS = {  # {row: options of train_stage1.py}
-    "demo": "",  # one embedding, lambda 0.1
     "frozen": "--unfreeze none",
-    "everything": "--unfreeze all",
     "lambda-0": "--lam 0",
     "lambda-0.01": "--lam 0.01",
     "lambda-0.03": "--lam 0.03",
+    "demo": "",  # one embedding, lambda 0.1
     "lambda-1": "--lam 1",
+    "everything": "--unfreeze all",
     "everything-lambda-0": "--unfreeze all --lam 0",
     "random": "--encoder random",  # trains everything, lambda 0
     "register-frozen": "--token reg --unfreeze none",
@@ -71,16 +73,19 @@ def experiment(folder, seeds, names, options=("", "")):
             with open(path, "a") as file:
                 file.write(json.dumps({"row": name, "seed": seed, **scores}) + "\n")
 
-    rows = read_rows(path)
+    # In the order of the table above.
+    order = list(ROWS)
+    rows = sorted(read_rows(path), key=lambda row: (order.index(row["row"]), row["seed"]))
     print_table(rows)
     plot(path.with_suffix(".png"), rows, "neighbours by z, %", "PSNR from z")
     shown = judge.real[:20]
-    drawings = [shown]
-    # Of every row the network with the seed that was scored last.
-    for name, seed in {row["row"]: row["seed"] for row in rows}.items():
+    drawings = {"held-out picture": shown}
+    # Of every row the network with the first of its seeds.
+    for name, seed in {row["row"]: row["seed"] for row in reversed(rows)}.items():
         model = RepTok.load(folder / f"{name}-{seed}" / "stage2.pt")
-        drawings.append(model.decode(model.encode(shown), steps=20))
-    sample.save_grid(folder / "rows_shapes.png", drawings)
+        drawings[name] = model.decode(model.encode(shown), steps=20)
+    ordered = {name: drawings[name] for name in ["held-out picture", *ROWS] if name in drawings}
+    save_rows(folder / "rows_shapes.png", ordered, first=1)
 
 
 def run(script, *args):
@@ -94,34 +99,67 @@ def read_rows(path):
 
 
 def print_table(rows):
-    """Mean and standard deviation over the seeds of every row and column, then of the differences
+    """Two tables: of every row mean and standard deviation over its seeds, then of its differences
     to the demo with the same seed."""
-    columns = [key for key, value in rows[0].items() if isinstance(value, float)]
-    by_row = {}
+    by_row = {name: {} for name in ROWS}
     for row in rows:
-        by_row.setdefault(row["row"], {})[row["seed"]] = row
-    print(f"\n| row | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}")
-    for name, seeds in by_row.items():
-        cells = [spread([row[column] for row in seeds.values()]) for column in columns]
-        print(f"| {name} | {' | '.join(cells)} |")
+        by_row[row["row"]][row["seed"]] = row
 
-    demo = by_row.get("demo", {})
-    print(f"\n| row minus demo | {' | '.join(COMPARED)} |\n|{'---|' * (1 + len(COMPARED))}")
+    columns = [
+        "row",
+        "seeds",
+        "PSNR from z, dB",
+        "from z0",
+        "cos(z, z0)",
+        "neighbours by z; by z0, %",
+        "reconstructed, read right; worst class, %",
+        "generated, read right; worst class, %",
+        "share, %",
+    ]
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for name, seeds in by_row.items():
+        if not seeds:
+            continue
+
+        def cell(key, digits=1):
+            return spread([row[key] for row in seeds.values()], digits)
+
+        def worst(key):
+            each = np.mean([row[key] for row in seeds.values()], axis=0)
+            return f"{SHAPES[each.argmin()]} {each.min():.0f}"
+
+        cells = [
+            name,
+            str(len(seeds)),
+            cell("PSNR from z", 2),
+            cell("PSNR from z0", 2),
+            cell("cos(z, z0)", 3),
+            f"{cell('neighbours by z, %')}; {cell('neighbours by z0, %')}",
+            f"{cell('reconstructed, read right, %')}; {worst('each reconstructed')}",
+            f"{cell('generated, read right, %')}; {worst('each generated')}",
+            cell("generated of reconstructed, %"),
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+    demo = by_row["demo"]
+    print(f"\n| row minus demo | seeds | {' | '.join(COMPARED)} |\n|{'---|' * (2 + len(COMPARED))}")
     for name, seeds in by_row.items():
         both = sorted(seeds.keys() & demo.keys())
         if name == "demo" or not both:
             continue
-        cells = []
+        cells = [name, str(len(both))]
         for column in COMPARED:
-            cells.append(spread([seeds[seed][column] - demo[seed][column] for seed in both]))
-        print(f"| {name} | {' | '.join(cells)} |")
+            differences = [seeds[seed][column] - demo[seed][column] for seed in both]
+            cells.append(spread(differences, 2 if column == "PSNR from z" else 1))
+        print(f"| {' | '.join(cells)} |")
 
 
-def spread(values):
-    """ "mean ± standard deviation" of numbers; of one alone, itself."""
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+def spread(values, digits):
+    """ "mean ± standard deviation" of numbers; of one alone, or where all are equal, itself."""
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(set(values)) == 1:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def plot(path, rows, x, y):

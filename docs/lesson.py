@@ -15,7 +15,7 @@ from train_stage1 import SHAPES, draw_shape, plan_shape
 COLUMNS = 16
 SIDE = 48  # of each small picture, on paper
 MARGIN = 150  # for the words on the left
-GAP = 12  # between the two halves
+GAP = 12  # after the first rows
 
 
 def held_out(count, seed=1):
@@ -53,18 +53,24 @@ def main():
     for name, images in zip(SHAPES, generated.split(COLUMNS)):
         rows[f"generated {name}"] = images
 
-    paper = Image.new("RGB", (MARGIN + COLUMNS * SIDE, len(rows) * SIDE + GAP), "white")
+    save_rows(args.out, rows, first=3)
+    print(args.out)
+
+
+def save_rows(path, rows, first):
+    """A PNG of rows {what they are: images (N,3,16,16)}, with a gap after the `first` of them."""
+    columns = max(len(images) for images in rows.values())
+    paper = Image.new("RGB", (MARGIN + columns * SIDE, len(rows) * SIDE + GAP), "white")
     write = ImageDraw.Draw(paper)
     font = ImageFont.load_default(13)
     for i, (label, images) in enumerate(rows.items()):
-        top = i * SIDE + (GAP if i > 2 else 0)
+        top = i * SIDE + (GAP if i >= first else 0)
         write.text((MARGIN - 8, top + SIDE // 2), label, "black", font, anchor="rm")
         for n, x in enumerate(to_uint8(images)):
             small = Image.fromarray(x.permute(1, 2, 0).numpy())
             large = small.resize((SIDE, SIDE), Image.Resampling.NEAREST)
             paper.paste(large, (MARGIN + n * SIDE, top))
-    paper.save(args.out)
-    print(args.out)
+    paper.save(path)
 
 
 if __name__ == "__main__":
