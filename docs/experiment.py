@@ -35,8 +35,9 @@ ROWS = {  # {row: options of train_stage1.py}
     "demo": "",  # one embedding, lambda 0.1
     "lambda-1": "--lam 1",
     "everything": "--unfreeze all",
-    "everything-lambda-0": "--unfreeze all --lam 0",
-    "random": "--encoder random",  # trains everything, lambda 0
+    # At the demo's learning rate, 0.005, an encoder that nothing holds learns badly.
+    "everything-lambda-0": "--unfreeze all --lam 0 --lr 0.001 --token-lr 100",
+    "random": "--encoder random --lr 0.001 --token-lr 100",  # trains everything, lambda 0
     "register-frozen": "--token reg --unfreeze none",
     "register": "--token reg",
     "both-tokens": "--token all",
