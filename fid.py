@@ -998,8 +998,9 @@ def load_lpips(vgg, heads, device):
     """
     missing = [path for path in (vgg, heads) if not os.path.exists(path)]
     if missing and (vgg, heads) == (VGG, HEADS):
+        addresses = [url for url in URLS if usual_path(url) in missing]
         warn(f"LPIPS is left out, because its weights are missing: {' and '.join(missing)}; "
-             f"get them from {' and '.join(URLS[1:])}, or give --vgg and --lpips")
+             f"get them from {' and '.join(addresses)}, or give --vgg and --lpips")
         return None
     return LPIPS(vgg, heads).to(device)
 

@@ -3894,6 +3894,21 @@ def test_experiments(trained, tmp_path, monkeypatch, capsys):
     experiment.experiment(tmp_path, [0], names, tiny)
 
 
+def test_scores_of_other_sizes(monkeypatch):
+    """The reader of docs.score takes pictures of other sizes than 16x16; shapes have only these.
+
+    A model of 32x32 pixels is refused without --pictures."""
+    pictures = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    read = score.train_reader(pictures, torch.arange(8) % 2, steps=2, batch=4)
+    classes, features = read(sample.to_float(pictures))
+    assert classes.shape == (8,) and features.shape == (8, 128)
+    monkeypatch.setattr(score, "reads_text", lambda path: False)
+    monkeypatch.setattr(score.RepTok, "load", lambda path: Mock(pixels=32))
+    monkeypatch.setattr(sys, "argv", ["score", "large.pt"])
+    with pytest.raises(sample.UserError, match="large.pt does not draw 16x16 pixels: give --pict"):
+        score.main()
+
+
 def test_the_trained_model_keeps_its_scores():
     """docs/shapes.pt scores as it did when it was trained.
 

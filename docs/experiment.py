@@ -81,12 +81,13 @@ def experiment(folder, seeds, names, options=("", "")):
     plot(path.with_suffix(".png"), rows, "neighbours by z, %", "PSNR from z")
     shown = judge.real[:20]
     drawings = {"held-out picture": shown}
-    # Of every row the network with the first of its seeds.
-    for name, seed in {row["row"]: row["seed"] for row in reversed(rows)}.items():
-        model = RepTok.load(folder / f"{name}-{seed}" / "stage2.pt")
-        drawings[name] = model.decode(model.encode(shown), steps=20)
-    ordered = {name: drawings[name] for name in ["held-out picture", *ROWS] if name in drawings}
-    save_rows(folder / "rows_shapes.png", ordered, first=1)
+    for row in rows:
+        # Of every row the network with the first of its seeds.
+        if row["row"] in drawings:
+            continue
+        model = RepTok.load(folder / f"{row['row']}-{row['seed']}" / "stage2.pt")
+        drawings[row["row"]] = model.decode(model.encode(shown), steps=20)
+    save_rows(folder / "rows_shapes.png", drawings, first=1)
 
 
 def run(script, *args):

@@ -55,7 +55,7 @@ def train_reader(pictures, labels, steps=1200, batch=64):
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
         if before == after:
             layers.append(nn.MaxPool2d(2))
-    # 4x4 is what pictures of 16x16 have come to.
+    # Pictures of 16x16 have come to 4x4 already; larger ones are brought to it.
     layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(1024, 128), nn.ReLU()]
     body = nn.Sequential(*layers)
     head = nn.Linear(128, int(labels.max()) + 1)
