@@ -374,7 +374,7 @@ class VAE(nn.Module):
     widths: channels inside, a level each; every level but the last halves H and W. channels: C of
     the latents. scale: a latent is `scale` times a sample of the posterior, about of variance 1.
     `posterior` and `decode` work on AT_ONCE images at a time: inside, an image of 256 pixels takes
-    160 MB of memory.
+    about 170 MB of memory.
     """
     AT_ONCE = 16
 

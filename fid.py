@@ -282,7 +282,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     # Eigenvalues that are rounding of zero are left out, since a root would lift 1e-16 to 1e-8.
     rounding = d * np.finfo(np.float64).eps
 
-    # torch's eigenvalues take half of the time of numpy's.
+    # torch finds eigenvalues faster than numpy.
     values, vectors = torch.linalg.eigh(torch.tensor(cov1))
     values = values.numpy()                                             # (D,)
     roots = vectors.numpy() * np.sqrt(values.clip(0))                   # (D,D)

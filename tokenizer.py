@@ -560,7 +560,7 @@ def say_quick_gelu(path):
     """Say once a file, in the first process, which CLIP is meant: names and shapes do not tell."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{path}: read as OpenAI's CLIP, with QuickGELU (openai/clip-vit-base-patch16 or "
-              "-large-patch14); features of other CLIP weights would be off by about 3 %")
+              "-large-patch14); features of other CLIP weights would be wrong by a few percent")
 
 
 def vit_from(tensors, path):
