@@ -3690,7 +3690,7 @@ def test_readme_commands_have_known_options(script, line, tmp_path, monkeypatch,
         assert importlib.import_module(script).options()
 
 
-def test_readme_commands_run(trained, tmp_path, monkeypatch):
+def test_readme_commands_run(trained, tmp_path, monkeypatch, capsys):
     """The commands marked as tiny run one after another and leave their pictures.
 
     The blocks marked as tiny, line by line, with a few steps and in a folder where their pictures
@@ -3709,10 +3709,23 @@ def test_readme_commands_run(trained, tmp_path, monkeypatch):
     made = {path.name for path in tmp_path.rglob("*.p[nt]*")}
     assert {"stage1.png", "stage2.png", "pets.png", "heart.png", "between.png", "small.pt"} <= made
     blocks = re.findall(r"<!-- own code -->\n```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    # What the block that looks for copies reads.
+    shutil.copytree(trained / "data", "few")
+    Path("few250").mkdir()
+    shutil.copy(HERE / "docs" / "shapes.pt", "few250/stage2.pt")
+    names = {}
     for block in blocks:
-        names = {}
         exec(block, names)
+    # It prints how close pictures come to the nearest known one: here again, pair by pair.
+    known = [np.asarray(Image.open(path), float) for path in Path("few").rglob("*.png")]
+    closest = []
+    for picture in score.shapes(100, score.HELD_OUT)[0].permute(0, 2, 3, 1).numpy():
+        mse = min(np.mean((picture - other) ** 2) for other in known)
+        closest.append(10 * np.log10(255**2 / mse))
+    _, figure = re.findall(r"(?m)^\d+\.\d+$", capsys.readouterr().out)
+    # torch's median of 100 numbers is the fiftieth.
+    assert abs(float(figure) - np.sort(closest)[49]) < 0.001
     trained_decoder = RepTok.load("mine/stage2.pt").decoder.state_dict()
     for name, tensor in names["decoder"].state_dict().items():
         assert torch.equal(tensor, trained_decoder[name].half().float())
