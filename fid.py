@@ -797,7 +797,7 @@ def files(source):
         if os.path.isdir(source):
             return dict(sorted(walk_folder(source, "", set())))
         if not os.path.exists(source):
-            raise UserError(f"{source}: no such folder or .tar")
+            raise UserError(f"{source}: no such folder or .tar; give one that holds pictures")
         if suffix == ".tar":
             return dict(sorted(read_tar(source)))
 

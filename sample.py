@@ -274,6 +274,11 @@ def new_network(name, config):
 
 def load_checkpoint(path, kinds):
     """The content of a checkpoint of one of these kinds. Raises UserError."""
+    if not Path(path).is_file():
+        raise UserError(
+            f"{path}: no such file; train first (train_stage1.py, then train_stage2.py), "
+            "or give another checkpoint"
+        )
     content = tok.read_file(path)
     if "kind" in content:
         kind = content["kind"]
@@ -488,7 +493,7 @@ def compute_once(paths, compute, pictures, ranks, flip=False, workers=0):
     chunks = chunks[begin:end]
     read = torch.zeros(N, dtype=torch.long)
     with tqdm(
-        desc=paths[0].stem,
+        desc="encoding pictures",
         total=sum(len(chunk) for chunk in chunks),
         disable=not ranks.main,
         dynamic_ncols=True,
@@ -1055,8 +1060,10 @@ def places_of(sources):
                     places.append(place)
             if fid.left_out(found):
                 tell(f"{source}: left out {fid.listed(fid.left_out(found))}")
-        else:
+        elif Path(source).exists():
             places.append((source,))
+        else:
+            raise UserError(f"{source}: no such file; give picture files, folders or .tar")
     if not places:
         raise UserError(
             f"{' '.join(sources)}: no pictures in it; expected {', '.join(fid.SUFFIXES)} files"

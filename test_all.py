@@ -1552,6 +1552,8 @@ def test_the_picture_and_the_last_line_of_stage_1(trained, tmp_path, capsys):
             == (what == "none")
             != ("--unfreeze none" in line)
         )
+        assert line.endswith(f"--unfreeze none --out {tmp_path / what}-frozen") == (what != "none")
+        assert "--encoder" not in line
         content = RepTok.load(tmp_path / what / "stage1.pt")
         pictures = sample.Pictures(str(trained / "data"), 16)
         # In the order of the run, which fixes their noise.
@@ -1561,6 +1563,11 @@ def test_the_picture_and_the_last_line_of_stage_1(trained, tmp_path, capsys):
             assert (
                 abs(fid.psnr(fid.to_uint8(x), fid.to_uint8(images)).mean() - float(figure)) < 0.01
             )
+    # An encoder that the run trained itself is not to be trained again for the comparison.
+    args = argparse.Namespace(encoder=None, init=None, out="mine")
+    z = torch.ones(2, 1, 128)
+    line = one.lesson(args, content.tokenizer, pictures, x, x, x, z, z)
+    assert line.endswith(" with --encoder mine/encoder.pt --unfreeze none --out mine-frozen")
 
 
 def test_what_a_run_says(tmp_path, monkeypatch, capsys):
@@ -2495,6 +2502,16 @@ def test_bad_input(trained, tmp_path, monkeypatch, capsys):
     for args in (["--save", ""], ["--classes", "heart", ""]):
         assert f"{args[0]} is empty" in refusal("sample.py", [*ckpt, *args], capsys)
     assert not list(tmp_path.glob("new/*.pt"))
+    # What is not there is said to be missing, with what to do, and leaves no folder.
+    gone = tmp_path / "gone.jpg"
+    for script, args, says in (
+        ("sample.py", ["--ckpt", gone], "no such file; train first"),
+        ("train_stage2.py", ["--stage1", gone, "--out", tmp_path / "none"], "train first"),
+        ("sample.py", [*ckpt, "--reconstruct", gone], "no such file; give picture files"),
+        ("train_stage1.py", ["--data", gone, "--out", tmp_path / "none"], "give one that holds"),
+    ):
+        assert f"{gone}: no such " in (line := refusal(script, args, capsys)) and says in line
+        assert not (tmp_path / "none").exists()
     if not torch.cuda.is_available():
         assert "--device cuda" in refusal(
             "sample.py", ["--ckpt", out / "stage2.pt", "--device", "cuda"], capsys

@@ -113,11 +113,11 @@ def main():
     args.dtype = ranks.dtype
     folder = Path(args.out)
     out = folder / "stage1.pt"
-    ranks.lock(folder)
     if args.data:
         pictures = Pictures(args.data, args.pixels, ranks)
     else:
         pictures = Shapes(args.pixels, args.seed)
+    ranks.lock(folder)
     workers = args.workers
     if workers is None:
         # Reading files takes processes; a small set of pictures stays in memory.
@@ -245,7 +245,7 @@ def main():
         sample.write_tokens(folder, model, pictures, ranks, args.flip, workers)
     if ranks.main:
         print(f"{out}, {folder / 'tokens.npy'}; next: python train_stage2.py --out {args.out}")
-        print(lesson(model.tokenizer, pictures, shown, from_z0, from_z, shown_z0, shown_z))
+        print(lesson(args, model.tokenizer, pictures, shown, from_z0, from_z, shown_z0, shown_z))
 
 
 # ---- Below: what stage 1 is built from, and its command line
@@ -304,7 +304,7 @@ def pick_view(u, mirror):
     return u[rows, mirror.long()].float()
 
 
-def lesson(tokenizer, pictures, shown, from_z0, from_z, z0, z):
+def lesson(args, tokenizer, pictures, shown, from_z0, from_z, z0, z):
     """The last line of a run: what tuning the token has brought, on images (n,3,S,S) and tokens
     (n,K,D)."""
     which = "training pictures" if pictures.source else "held-out shapes"
@@ -316,7 +316,11 @@ def lesson(tokenizer, pictures, shown, from_z0, from_z, z0, z):
     total = sum(p.numel() for p in tokenizer.vit.parameters())
     line = f"{which}: PSNR {psnr:.2f} dB from z, {psnr0:.2f} dB from z0; cos(z, z0) {cosine:.3f}; "
     line += f"{trained:,} of {total:,} encoder numbers trained"
-    return line + ("; to compare: the same with --unfreeze none --out frozen" if trained else "")
+    if trained:
+        # An encoder that this run has trained itself is there, and need not be trained again.
+        encoder = "" if args.encoder or args.init else f"--encoder {args.out}/encoder.pt "
+        line += f"; to compare: the same with {encoder}--unfreeze none --out {args.out}-frozen"
+    return line
 
 
 def build(args, pictures, ranks):

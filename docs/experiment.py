@@ -78,7 +78,7 @@ def experiment(folder, seeds, names, options=("", "")):
     order = list(ROWS)
     rows = sorted(read_rows(path), key=lambda row: (order.index(row["row"]), row["seed"]))
     print_table(rows)
-    plot(path.with_suffix(".png"), rows, "neighbours by z, %", "PSNR from z")
+    plot(path.with_suffix(".png"), rows, "neighbours by z, %", "PSNR from z", unit=", dB")
     shown = judge.real[:20]
     drawings = {"held-out picture": shown}
     for row in rows:
@@ -164,9 +164,9 @@ def spread(values, digits):
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def plot(path, rows, x, y):
+def plot(path, rows, x, y, unit=""):
     """A PNG: a dot for every row and seed at the values named `x` and `y`, a colour for every
-    row."""
+    row. unit: what is written behind `y`."""
     names = list(dict.fromkeys(row["row"] for row in rows))
     picture = Image.new("RGB", (900, 560), "white")
     draw = ImageDraw.Draw(picture)
@@ -185,7 +185,7 @@ def plot(path, rows, x, y):
             else:
                 draw.text((54, 480 - 440 * share), f"{k * tick:g}", "black", font, "rm")
     draw.text((350, 548), x, "black", font, "ms")
-    draw.text((66, 16), y, "black", font, "ls")
+    draw.text((66, 16), y + unit, "black", font, "ls")
 
     for i, name in enumerate(names):
         colour = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(i / len(names), 0.9, 0.75))
