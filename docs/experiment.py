@@ -188,7 +188,9 @@ def plot(path, rows, x, y, unit=""):
     draw.text((66, 16), y + unit, "black", font, "ls")
 
     for i, name in enumerate(names):
-        colour = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(i / len(names), 0.9, 0.75))
+        # Neighbours in the list differ in brightness, too.
+        light = (0.45, 0.95)[i % 2]
+        colour = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(i / len(names), 0.9, light))
         draw.ellipse((660, 40 + 30 * i, 672, 52 + 30 * i), fill=colour)
         draw.text((682, 46 + 30 * i), name, "black", font, "lm")
         for row in rows:
