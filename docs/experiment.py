@@ -158,7 +158,8 @@ def print_table(rows):
 
 def spread(values, digits):
     """ "mean ± standard deviation" of numbers; of one alone, or where all are equal, itself."""
-    mean = f"{np.mean(values):.{digits}f}"
+    # z: a mean that rounds to 0 has no sign.
+    mean = f"{np.mean(values):z.{digits}f}"
     if len(set(values)) == 1:
         return mean
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
